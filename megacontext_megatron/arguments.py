@@ -1,0 +1,326 @@
+"""Flags and settings: the plugin's argument groups, what they refuse, and the settings they become."""
+
+# Annotations here are read at run time by Megatron's ArgumentGroupFactory, so they are not deferred to strings.
+import argparse
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from megacontext_megatron.config import (
+    ENCODINGS,
+    ConfigError,
+    ContextConfig,
+    EodPolicy,
+    GaussianRopeConfig,
+    LearnableSigma,
+    Plan,
+    RotaryConfig,
+    Settings,
+    SigmaRule,
+)
+
+Namespace = argparse.Namespace
+
+
+@dataclass
+class PositionFlags:
+    """Positions that belong to rows: --position-embedding-type also takes gaussian_rope."""
+
+    mc_encoding: str | None = None
+    """Set by --position-embedding-type when it names one of the plugin's encodings; not meant to be typed."""
+
+    gaussian_rope_sigma: SigmaRule = "uniform"
+    """Spread of a row that covers w tokens: uniform is sqrt((w^2 - 1) / 12), width w, half-width w / 2, none 0. A
+    token has spread 0 under every rule."""
+
+    gaussian_rope_learnable_sigma: LearnableSigma = "none"
+    """Learn a factor on the spread in every layer: one per level, one for the layer, or one per query group and level
+    (head)."""
+
+    gaussian_rope_sides: Literal["qk", "k"] = "qk"
+    """Damp queries and keys (the exact expectation), or keys alone."""
+
+    gaussian_rope_renorm: Literal["none", "rms"] = "none"
+    """Give damped queries and keys their norm back (rms), or not."""
+
+    gaussian_rope_phase: Literal["exact", "megatron"] = "exact"
+    """exact: integer phases, right for centres up to 2^51 tokens. megatron: Megatron's fp32 angle, bit-equal to its
+    rope."""
+
+    gaussian_rope_log_width_bias: bool = False
+    """Let a row of w tokens count as w^beta tokens in the softmax; beta is learned in every layer from 0. Dense
+    attention only."""
+
+
+@dataclass
+class ContextFlags:
+    """Working contexts: --seq-length rows, each a token or a gist, over the newest --mc-source-length tokens."""
+
+    megacontext: bool = False
+    """Train on working contexts that mix tokens and gists. Needs --position-embedding-type gaussian_rope."""
+
+    mc_source_length: int | None = None
+    """C: tokens of history in a raw sample; a multiple of --mc-block-size, at least --seq-length."""
+
+    mc_variants: int = 1
+    """V: working contexts made of each raw sample; with 2 or more the first is the recency baseline. Micro-batch
+    sizes must be multiples of V."""
+
+    mc_block_size: int = 32
+    """K: rows of one level that a gist of the next level stands for."""
+
+    mc_max_level: Literal[1, 2] = 2
+    """Highest level of detail: 1 for gists of K tokens, 2 for gists of K^2 as well."""
+
+    mc_recent_tokens: int = 128
+    """Newest tokens that never collapse, rounded up to a block edge."""
+
+    mc_horizon: int = 64
+    """H: the last rows, tokens in every variant, on which variants are compared."""
+
+    mc_plan: Plan = "random"
+    """Which blocks collapse: random ones, the oldest (heuristic), a mix of both by sample, or none (recency: the
+    newest --seq-length tokens)."""
+
+    mc_level2_prob: float = 0.1
+    """Probability that a random plan collapses an aligned run of K^2 tokens into one gist."""
+
+    mc_eod_policy: EodPolicy = "ignore"
+    """no-cross: never collapse a block with an end of document inside."""
+
+
+@dataclass
+class RunningFlags:
+    """How the plugin runs."""
+
+    cpu: bool = False
+    """Run without a GPU: gloo, Megatron's local layers, and the flags both need."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """A request of Megatron's that working contexts do not support; `asked` reads parsed arguments."""
+
+    flag: str
+    asked: Callable[[Namespace], bool]
+    why: str
+
+
+def _given(dest: str) -> Callable[[Namespace], bool]:
+    return lambda args: bool(getattr(args, dest, None))
+
+
+_WHOLE_ROWS = "a sample here is one working context, whose rows have no document boundaries to restart at"
+_ITEM_ORDER = "the variants of a raw sample must arrive together and in order"
+_ONE_MODEL = "only Megatron's GPTModel of standard attention layers carries span metadata"
+_GRAPHS = "captured graphs have not been shown to update span metadata"
+
+REFUSALS = (
+    Refusal(
+        flag="--mtp-num-layers",
+        asked=_given("mtp_num_layers"),
+        why="multi-token prediction would read the token after a gist's first token as its target",
+    ),
+    Refusal(flag="--reset-position-ids", asked=_given("reset_position_ids"), why=_WHOLE_ROWS),
+    Refusal(flag="--reset-attention-mask", asked=_given("reset_attention_mask"), why=_WHOLE_ROWS),
+    Refusal(flag="--inter-document-masking", asked=_given("inter_document_masking"), why=_WHOLE_ROWS),
+    Refusal(flag="--sft", asked=_given("sft"), why="packed fine-tuning samples have no source tokens to collapse"),
+    Refusal(flag="--fim-data", asked=_given("fim_data"), why="fill-in-the-middle reorders the tokens blocks stand for"),
+    Refusal(flag="--perform-rl-step", asked=_given("perform_rl_step"), why="its samples are not working contexts"),
+    Refusal(flag="--cuda-graph-impl", asked=lambda a: getattr(a, "cuda_graph_impl", "none") != "none", why=_GRAPHS),
+    Refusal(flag="--enable-cuda-graph", asked=_given("enable_cuda_graph"), why=_GRAPHS),
+    Refusal(flag="--external-cuda-graph", asked=_given("external_cuda_graph"), why=_GRAPHS),
+    Refusal(
+        flag="--overlap-moe-expert-parallel-comm",
+        asked=_given("overlap_moe_expert_parallel_comm"),
+        why="its schedule prepares inputs after another micro-batch has arrived",
+    ),
+    Refusal(flag="--use-megatron-fsdp", asked=_given("use_megatron_fsdp"), why="positional parameters stay in fp32"),
+    Refusal(flag="--use-torch-fsdp2", asked=_given("use_torch_fsdp2"), why="positional parameters stay in fp32"),
+    Refusal(flag="--hybrid-layer-pattern", asked=_given("hybrid_layer_pattern"), why=_ONE_MODEL),
+    Refusal(flag="--hybrid-override-pattern", asked=_given("hybrid_override_pattern"), why=_ONE_MODEL),
+    Refusal(flag="--is-hybrid-model", asked=_given("is_hybrid_model"), why=_ONE_MODEL),
+    Refusal(flag="--multi-latent-attention", asked=_given("multi_latent_attention"), why=_ONE_MODEL),
+    Refusal(flag="--heterogeneous-layers-config-path", asked=_given("heterogeneous_layers_config_path"), why=_ONE_MODEL),
+    Refusal(
+        flag="--heterogeneous-layers-config-encoded-json",
+        asked=_given("heterogeneous_layers_config_encoded_json"),
+        why=_ONE_MODEL,
+    ),
+    Refusal(
+        flag="--experimental-attention-variant", asked=_given("experimental_attention_variant"), why=_ONE_MODEL
+    ),
+    Refusal(flag="--spec", asked=_given("spec"), why="the plugin builds the layer spec itself"),
+    Refusal(flag="--qk-l2-norm", asked=_given("qk_l2_norm"), why="the plugin builds the layer spec itself"),
+    Refusal(flag="--use-kitchen", asked=_given("use_kitchen"), why="the plugin builds the layer spec itself"),
+    Refusal(flag="--yaml-cfg", asked=_given("yaml_cfg"), why="it bypasses the flags that the plugin checks"),
+    Refusal(flag="--flash-decode", asked=_given("flash_decode"), why="its kernel rotates keys by their slot"),
+    Refusal(
+        flag="--fused-single-qkv-rope",
+        asked=_given("fused_single_qkv_rope"),
+        why="its kernel rotates queries and keys by their slot",
+    ),
+    Refusal(
+        flag="--dataloader-type",
+        asked=lambda a: getattr(a, "dataloader_type", None) in ("cyclic", "external"),
+        why=_ITEM_ORDER,
+    ),
+    Refusal(flag="--full-validation", asked=_given("full_validation"), why=_ITEM_ORDER),
+    Refusal(flag="--multiple-validation-sets", asked=_given("multiple_validation_sets"), why=_ITEM_ORDER),
+    Refusal(flag="--hybrid-context-parallel", asked=_given("hybrid_context_parallel"), why=_ITEM_ORDER),
+    Refusal(flag="--dynamic-context-parallel", asked=_given("dynamic_context_parallel"), why=_ITEM_ORDER),
+    Refusal(flag="--phase-transition-iterations", asked=_given("phase_transition_iterations"), why=_ITEM_ORDER),
+    Refusal(
+        flag="--ckpt-format",
+        asked=lambda a: getattr(a, "ckpt_format", "torch_dist") != "torch_dist",
+        why="only torch_dist checkpoints hold what a resumed run is checked against",
+    ),
+)
+
+SPAN_REFUSALS = (
+    Refusal(
+        flag="--transformer-impl",
+        asked=lambda a: a.transformer_impl != "local",
+        why="span metadata runs on Megatron's local layers so far; add --transformer-impl local",
+    ),
+    Refusal(
+        flag="--apply-layernorm-1p",
+        asked=_given("apply_layernorm_1p"),
+        why="the norms of --transformer-impl local have no zero-centred weights",
+    ),
+)
+"""Refusals of runs in which the plugin's encoding is active."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the plugin's groups to Megatron's parser and return it."""
+    for flags, title in ((PositionFlags, "gaussian rope"), (ContextFlags, "megacontext"), (RunningFlags, "running")):
+        ArgumentGroupFactory(flags).build_group(parser, title=title)
+    for action in parser._actions:
+        _escape_percent(action)
+    return parser
+
+
+def _escape_percent(action: argparse.Action) -> None:
+    """Make one help text printable: argparse formats it with %, and Megatron 0.19 has one with a bare percent sign."""
+    if action.help is None:
+        return
+    try:
+        action.help % {**vars(action), "prog": ""}
+    except (ValueError, TypeError, KeyError):
+        action.help = action.help.replace("%", "%%")
+
+
+def refuse_unsupported(args: Namespace) -> None:
+    """Raise ConfigError for the first request that working contexts do not support."""
+    spans = args.mc_encoding is not None
+    for refusal in (*REFUSALS, *(SPAN_REFUSALS if spans else ())):
+        if refusal.asked(args):
+            raise ConfigError(f"{refusal.flag} is not supported with megacontext_megatron: {refusal.why}.")
+    if args.mc_encoding is not None and args.mc_encoding not in ENCODINGS:
+        raise ConfigError(f"--mc-encoding {args.mc_encoding} is unknown: use --position-embedding-type.")
+    if args.megacontext and not spans:
+        raise ConfigError(
+            "--megacontext needs --position-embedding-type gaussian_rope: rows that stand for several tokens have no "
+            "place in a stock encoding (--gaussian-rope-sigma none gives plain rope at the centre of each row)."
+        )
+    for group, switch, on in ((ContextFlags, "--megacontext", args.megacontext), (PositionFlags, "--position-embedding-type gaussian_rope", spans)):
+        for field in dataclasses.fields(group):
+            if not on and getattr(args, field.name) != field.default:
+                raise ConfigError(f"--{field.name.replace('_', '-')} has no effect without {switch}.")
+
+
+def context_config(args: Namespace) -> ContextConfig:
+    """Return the context settings of parsed arguments; raises ConfigError naming the flags that do not fit."""
+    if not args.megacontext:
+        return ContextConfig.tokens_only(args.seq_length)
+    if args.mc_source_length is None:
+        raise ConfigError("--megacontext needs --mc-source-length, the tokens of history in each raw sample.")
+    prefix = "mc_"
+    fields = {f.name for f in dataclasses.fields(ContextConfig)}
+    given = {f.name.removeprefix(prefix): getattr(args, f.name) for f in dataclasses.fields(ContextFlags)}
+    return ContextConfig(window=args.seq_length, **{name: given[name] for name in fields & given.keys()})
+
+
+def gaussian_config(args: Namespace, context: ContextConfig) -> GaussianRopeConfig | None:
+    """Return the Gaussian settings of parsed arguments, None for a stock encoding."""
+    if args.mc_encoding != "gaussian_rope":
+        return None
+    prefix = "gaussian_rope_"
+    config = GaussianRopeConfig(
+        **{
+            f.name.removeprefix(prefix): getattr(args, f.name)
+            for f in dataclasses.fields(PositionFlags)
+            if f.name.startswith(prefix)
+        }
+    )
+    if config.learnable_sigma != "none" and config.sigma == "none":
+        raise ConfigError("--gaussian-rope-learnable-sigma has nothing to scale with --gaussian-rope-sigma none.")
+    learned = {
+        "--gaussian-rope-learnable-sigma": config.learnable_sigma != "none",
+        "--gaussian-rope-log-width-bias": config.log_width_bias,
+    }
+    for flag, on in learned.items():
+        if on and context.plan == "recency":
+            raise ConfigError(f"{flag} would get no gradient: every row is a token without --megacontext and a --mc-plan that collapses.")
+    return config
+
+
+def layers_without_rope(no_rope_freq: int | list[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Return the layers, counted from 1, that Megatron's `--no-rope-freq` leaves without rotary."""
+    if no_rope_freq is None:
+        return ()
+    if isinstance(no_rope_freq, int):
+        return tuple(range(no_rope_freq, num_layers + 1, no_rope_freq)) if no_rope_freq else ()
+    return tuple(layer for layer, skipped in enumerate(no_rope_freq, start=1) if skipped)
+
+
+def settings_from(args: Namespace) -> Settings:
+    """Return the settings of arguments that Megatron has validated; raises ConfigError naming flags that do not fit."""
+    context = context_config(args)
+    gaussian = gaussian_config(args, context)
+    _check_divisions(args, context)
+    return Settings(
+        encoding=args.mc_encoding or args.position_embedding_type,
+        rotary=RotaryConfig(
+            head_dim=args.kv_channels,
+            base=args.rotary_base,
+            percent=args.rotary_percent,
+            interleaved=args.rotary_interleaved,
+            interpolation=args.rotary_seq_len_interpolation_factor,
+            llama3_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
+        ),
+        context=context,
+        gaussian=gaussian,
+        megacontext=args.megacontext,
+        seed=args.seed,
+        no_rope_layers=layers_without_rope(args.no_rope_freq, args.num_layers),
+    )
+
+
+def _check_divisions(args: Namespace, context: ContextConfig) -> None:
+    """Refuse micro-batches that split a raw sample's variants, and rows that CP or TP cannot share out."""
+    for flag in ("micro_batch_size", "eval_micro_batch_size"):
+        size = getattr(args, flag)
+        if size % context.variants:
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} {size} must be a multiple of --mc-variants {context.variants}: a "
+                "micro-batch holds all variants of its raw samples."
+            )
+    cp = args.context_parallel_size
+    tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    chunks = (2 * cp if cp > 1 else 1) * tp
+    if args.seq_length % chunks:
+        raise ConfigError(
+            f"--seq-length {args.seq_length} must be a multiple of {chunks}, which --context-parallel-size {cp} and "
+            f"--sequence-parallel over --tensor-model-parallel-size {tp} need."
+        )
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.mc_encoding is not None and groups % args.tensor_model_parallel_size:
+        raise ConfigError(
+            f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size}."
+        )

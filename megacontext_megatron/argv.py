@@ -1,0 +1,122 @@
+"""The command line before any parser sees it: Megatron parses it twice, once without the plugin's flags."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from megacontext_megatron.config import ENCODINGS, ConfigError
+
+ENCODING_FLAG = "--position-embedding-type"
+REAL_ENCODING_FLAG = "--mc-encoding"
+"""Where the name given to `--position-embedding-type` is kept; Megatron itself is told `rope`."""
+
+STOCK_ENCODINGS = ("learned_absolute", "rope", "none")
+"""Megatron's own encodings that run Megatron's own code here."""
+
+UNSUPPORTED_STOCK = ("mrope", "relative", "yarn")
+
+CPU_FLAG = "--cpu"
+
+LOCAL_FLAGS = (
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+)
+"""What `--transformer-impl local` needs where neither Transformer Engine nor Apex is installed."""
+
+CPU_FLAGS = (
+    *("--distributed-backend", "gloo"),
+    *("--transformer-impl", "local"),
+    *("--attention-backend", "unfused"),
+    *("--num-workers", "0"),
+    "--use-cpu-initialization",
+    "--no-bias-dropout-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-gelu-fusion",
+    "--disable-jit-fuser",
+)
+"""What Megatron needs to run without a GPU, in addition to LOCAL_FLAGS."""
+
+CPU_ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+"""Environment of a run without a GPU, where the user set nothing else; must be set before torch is imported."""
+
+_OWN_PREFIXES = ("--mc-", "--gaussian-rope-", "--megacontext")
+
+
+def value_of(argv: Sequence[str], flag: str) -> str | None:
+    """Return the value a flag has on a command line, None if absent; the last one wins, as in argparse."""
+    found = None
+    for place, word in enumerate(argv):
+        if word == flag and place + 1 < len(argv):
+            found = argv[place + 1]
+        elif word.startswith(flag + "="):
+            found = word.removeprefix(flag + "=")
+    return found
+
+
+def wants_plugin(argv: Sequence[str]) -> bool:
+    """Return whether a command line asks for anything that stock Megatron does not know."""
+    own_flag = any(word.split("=")[0].startswith(_OWN_PREFIXES) or word == CPU_FLAG for word in argv)
+    return own_flag or value_of(argv, ENCODING_FLAG) in ENCODINGS
+
+
+def normalised(argv: Sequence[str]) -> list[str]:
+    """Return a command line that every one of Megatron's parsers accepts; the same for a line already normalised.
+
+    Our encodings become `rope` with the real name kept in `--mc-encoding`, and `--cpu` and `--transformer-impl
+    local` bring the flags they need.  Raises ConfigError for an unknown encoding.
+    """
+    words = list(argv)
+    encoding = value_of(words, ENCODING_FLAG)
+    if encoding in ENCODINGS:
+        words = [*_replaced(words, encoding, "rope"), REAL_ENCODING_FLAG, encoding]
+    elif encoding in UNSUPPORTED_STOCK:
+        raise ConfigError(
+            f"{ENCODING_FLAG} {encoding} is not supported by this command: use Megatron's own pretrain_gpt.py for "
+            f"it, or one of {', '.join((*STOCK_ENCODINGS, *ENCODINGS))}."
+        )
+    elif encoding is not None and encoding not in STOCK_ENCODINGS:
+        raise ConfigError(
+            f"{ENCODING_FLAG} {encoding} is unknown: choose one of {', '.join((*STOCK_ENCODINGS, *ENCODINGS))}."
+        )
+    if CPU_FLAG in words:
+        words += _missing(words, CPU_FLAGS)
+    if value_of(words, "--transformer-impl") == "local":
+        words += _missing(words, LOCAL_FLAGS)
+    return words
+
+
+def prepare_environment(argv: Sequence[str]) -> None:
+    """Set what a run without a GPU needs in its environment before torch is imported."""
+    if CPU_FLAG in argv:
+        for name, value in CPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+
+
+def _replaced(words: Sequence[str], old: str, new: str) -> list[str]:
+    out = list(words)
+    for place, word in enumerate(out):
+        if word == f"{ENCODING_FLAG}={old}":
+            out[place] = f"{ENCODING_FLAG}={new}"
+        elif word == old and place and out[place - 1] == ENCODING_FLAG:
+            out[place] = new
+    return out
+
+
+def _missing(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Return those of `flags`, with their values, that the command line does not hold already."""
+    out: list[str] = []
+    given = {word.split("=")[0] for word in words}
+    skip_value = False
+    for flag in flags:
+        if flag.startswith("--"):
+            skip_value = flag in given
+        if not skip_value:
+            out.append(flag)
+    return out

@@ -1,0 +1,1 @@
+"""Where position touches the model: layer specs, self attention, and core attention under context parallelism."""

@@ -1,0 +1,193 @@
+"""Settings of a run as frozen dataclasses; every cross-field rule that needs no Megatron lives here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+ENCODINGS = ("gaussian_rope",)
+"""Names that `--position-embedding-type` takes in addition to Megatron's own."""
+
+SigmaRule = Literal["uniform", "width", "half-width", "none"]
+LearnableSigma = Literal["none", "level", "layer", "head"]
+Plan = Literal["recency", "random", "heuristic", "mix"]
+EodPolicy = Literal["ignore", "no-cross"]
+
+SIGMA_RULES: tuple[SigmaRule, ...] = ("uniform", "width", "half-width", "none")
+LEARNABLE_SIGMA: tuple[LearnableSigma, ...] = ("none", "level", "layer", "head")
+PLANS: tuple[Plan, ...] = ("recency", "random", "heuristic", "mix")
+EOD_POLICIES: tuple[EodPolicy, ...] = ("ignore", "no-cross")
+
+
+class ConfigError(ValueError):
+    """A request that cannot be honoured; the message names the flag or file and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotaryConfig:
+    """The rotary frequencies a run asks for, in Megatron's terms.
+
+    `head_dim` is `--kv-channels`; the rotated part is `head_dim * percent` channels.  `interpolation` is
+    `--rotary-seq-len-interpolation-factor`; `llama3_factor` is `--rope-scaling-factor` where `--use-rope-scaling`
+    is given.
+    """
+
+    head_dim: int
+    base: int = 10000
+    percent: float = 1.0
+    interleaved: bool = False
+    interpolation: int | None = None
+    llama3_factor: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GaussianRopeConfig:
+    """How a row's span becomes rotation and damping (one field per `--gaussian-rope-*` flag)."""
+
+    sigma: SigmaRule = "uniform"
+    learnable_sigma: LearnableSigma = "none"
+    sides: Literal["qk", "k"] = "qk"
+    renorm: Literal["none", "rms"] = "none"
+    phase: Literal["exact", "megatron"] = "exact"
+    log_width_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContextConfig:
+    """The shape of a working context: `window` rows over the newest `source_length` tokens.
+
+    Lengths are in tokens, except `window`, which counts rows.  Raises ConfigError, naming the flags, when no plan
+    can give exactly `window` rows.
+    """
+
+    window: int
+    source_length: int
+    variants: int = 1
+    block_size: int = 32
+    max_level: int = 2
+    recent_tokens: int = 128
+    horizon: int = 64
+    plan: Plan = "random"
+    level2_prob: float = 0.1
+    eod_policy: EodPolicy = "ignore"
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that no plan can satisfy."""
+        if self.plan == "recency" and self.source_length == self.window:
+            return
+        self._check_lengths()
+        self._check_reachable()
+
+    @classmethod
+    def tokens_only(cls, window: int) -> ContextConfig:
+        """Return the context of a run without `--megacontext`: every row is a token."""
+        return cls(window=window, source_length=window, plan="recency", horizon=min(64, window))
+
+    def _check_lengths(self) -> None:
+        k, c, w = self.block_size, self.source_length, self.window
+        if k < 2:
+            raise ConfigError(f"--mc-block-size {k} must be at least 2.")
+        if c % k:
+            raise ConfigError(
+                f"--mc-source-length {c} must be a multiple of --mc-block-size {k}; the nearest are "
+                f"{c // k * k} and {(c // k + 1) * k}."
+            )
+        if c < w:
+            raise ConfigError(
+                f"--mc-source-length {c} is shorter than --seq-length {w}: raise --mc-source-length, which counts "
+                "the tokens that the window of rows stands for."
+            )
+        if not 1 <= self.horizon <= self.recent_tokens:
+            raise ConfigError(
+                f"--mc-horizon {self.horizon} must be between 1 and --mc-recent-tokens {self.recent_tokens}: the "
+                "last rows are compared between variants and must be tokens in all of them."
+            )
+        if self.protected_tokens > min(w, c):
+            raise ConfigError(
+                f"--mc-recent-tokens {self.recent_tokens} (rounded up to {self.protected_tokens}) does not fit in "
+                f"--seq-length {w} rows: lower --mc-recent-tokens or raise --seq-length."
+            )
+        if self.variants < 1:
+            raise ConfigError(f"--mc-variants {self.variants} must be at least 1.")
+        if not 0.0 <= self.level2_prob <= 1.0:
+            raise ConfigError(f"--mc-level2-prob {self.level2_prob} must lie between 0 and 1.")
+        if self.variants > 1 and self.plan == "recency":
+            raise ConfigError(
+                f"--mc-plan recency with --mc-variants {self.variants} would make every variant the same: variant 0 "
+                "is the recency baseline already; use --mc-variants 1 or another --mc-plan."
+            )
+
+    def _check_reachable(self) -> None:
+        if self.plan == "recency":
+            return
+        c, w, k = self.source_length, self.window, self.block_size
+        if self.merges == 0:
+            raise ConfigError(
+                f"--mc-source-length {c} with --seq-length {w} leaves nothing to collapse: raise --mc-source-length "
+                f"by at least {k - 1} tokens, or ask for --mc-plan recency."
+            )
+        low, high = self.superblock_bounds(self.merges, *self.eligible())
+        if low > high:
+            fewest = self.fewest_rows()
+            raise ConfigError(
+                f"--seq-length {w} rows cannot hold --mc-source-length {c} tokens with --mc-recent-tokens "
+                f"{self.recent_tokens} and --mc-max-level {self.max_level}: the fewest rows reachable are about "
+                f"{fewest}; raise --seq-length, lower --mc-source-length or --mc-recent-tokens, or allow a higher "
+                "--mc-max-level."
+            )
+
+    @property
+    def protected_tokens(self) -> int:
+        """Newest tokens that never collapse: `recent_tokens` rounded up to a block edge."""
+        return math.ceil(self.recent_tokens / self.block_size) * self.block_size
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Oldest tokens left out so that collapsing whole blocks can reach exactly `window` rows."""
+        return (self.source_length - self.window) % (self.block_size - 1)
+
+    @property
+    def merges(self) -> int:
+        """Rows to save, counted in level-1 collapses (each saves `block_size - 1` rows)."""
+        return (self.source_length - self.dropped_tokens - self.window) // (self.block_size - 1)
+
+    def eligible(self) -> tuple[int, int]:
+        """Return how many blocks and how many level-2 blocks may collapse when documents are ignored."""
+        k = self.block_size
+        first = -(-self.dropped_tokens // k)
+        last = (self.source_length - self.protected_tokens) // k
+        supers = max(0, last // k - -(-first // k)) if self.max_level >= 2 else 0
+        return max(0, last - first), supers
+
+    def superblock_bounds(self, merges: int, blocks: int, supers: int) -> tuple[int, int]:
+        """Return the fewest and the most level-2 collapses that reach `merges`; infeasible if the first is larger.
+
+        A level-2 collapse saves as many rows as `block_size + 1` level-1 collapses and uses up `block_size` blocks.
+        """
+        return max(0, merges - blocks), min(supers, merges // (self.block_size + 1))
+
+    def fewest_rows(self) -> int:
+        """Return the number of rows left when everything that may collapse has collapsed."""
+        blocks, supers = self.eligible()
+        k = self.block_size
+        saved = (k * k - 1) * supers + (k - 1) * (blocks - k * supers)
+        return self.source_length - self.dropped_tokens - saved
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Everything the plugin decides for a run.
+
+    `encoding` is the name given to `--position-embedding-type`; `gaussian` is None where a stock encoding runs
+    Megatron's own code.
+    """
+
+    encoding: str
+    rotary: RotaryConfig
+    context: ContextConfig
+    gaussian: GaussianRopeConfig | None = None
+    megacontext: bool = False
+    seed: int = 1234
+    no_rope_layers: tuple[int, ...] = field(default=())
+    """Layer numbers, counted from 1, on which rotary is off."""

@@ -1,0 +1,1 @@
+"""Stage 1, what arrives: text becomes an indexed data set, samples of C+1 tokens, a batch."""

@@ -1,0 +1,83 @@
+"""From the data loader to every tensor-parallel rank: one check, one buffer, one broadcast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacontext_megatron.config import ContextConfig
+from megacontext_megatron.data.samples import Item
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One micro-batch of `b` working contexts over `b / V` raw samples, whole (not yet context-parallel) rows.
+
+    `start`, `level`: int64 [b, W].  `text`: int64 [b / V, C + 1] and `mask`: int64 [b / V, C], only on stages that
+    read tokens.
+    """
+
+    start: Tensor
+    level: Tensor
+    text: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchLayout:
+    """Static shapes of a micro-batch, known on every rank without communication."""
+
+    micro_batch_size: int
+    context: ContextConfig
+    has_text: bool
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return the fields of a batch and their shapes, in the order of the broadcast buffer."""
+        b, c = self.micro_batch_size, self.context
+        raw = b // c.variants
+        rows = {"start": (b, c.window), "level": (b, c.window)}
+        text = {"text": (raw, c.source_length + 1), "mask": (raw, c.source_length)}
+        return {**rows, **text} if self.has_text else rows
+
+
+def check_variants(identity: Tensor, variants: int) -> None:
+    """Assert that a micro-batch holds all variants of its raw samples, one after another.
+
+    `identity` is int64 [b, 3] on the CPU, as WorkingContextDataset makes it.  Raises RuntimeError otherwise: the
+    consumed samples are not a multiple of `--mc-variants`, or a sampler reordered the items.
+    """
+    groups = identity.view(-1, variants, identity.shape[1])
+    whole = (groups[:, :, 0] == groups[:, :1, 0]).all() and (groups[:, :, 1] == torch.arange(variants)).all()
+    if not whole:
+        raise RuntimeError(
+            f"a micro-batch does not hold all {variants} variants of its samples: {identity[:, :2].tolist()} "
+            "(sample, variant); consumed samples must be a multiple of --mc-variants and the data loader 'single'"
+        )
+
+
+def next_item(iterator: Iterator[Item], variants: int) -> Item:
+    """Return the loader's next collated micro-batch on the CPU, checked, with each raw sample's text once."""
+    item = next(iterator)
+    check_variants(item["identity"], variants)
+    return {k: v[::variants] if k in ("text", "mask") else v for k, v in item.items()}
+
+
+def broadcast_batch(item: Item | None, layout: BatchLayout, group: dist.ProcessGroup) -> Batch:
+    """Send a micro-batch from the first rank of a tensor-parallel group to the others, without host syncs.
+
+    `item` is the checked micro-batch on the first rank and None elsewhere.
+    """
+    shapes = layout.shapes()
+    device = torch.device(torch.cuda.current_device())
+    if item is not None:
+        flat = torch.cat([item[name].reshape(-1) for name in shapes]).to(device, non_blocking=True)
+    else:
+        flat = torch.empty(sum(b * n for b, n in shapes.values()), dtype=torch.int64, device=device)
+    if group.size() > 1:
+        dist.broadcast(flat, group=group, group_src=0)
+    parts = flat.split([b * n for b, n in shapes.values()])
+    return Batch(**{name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)})

@@ -1,0 +1,124 @@
+"""The forward step Megatron's loop calls: one micro-batch of working contexts, and the loss of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from megacontext_megatron.config import ContextConfig, Settings
+from megacontext_megatron.data.batch import Batch, BatchLayout, broadcast_batch, next_item
+from megacontext_megatron.data.samples import Item
+from megacontext_megatron.model.guard import GistGuard
+from megacontext_megatron.model.losses import Report, Targets, evaluation_report, row_sums, row_targets
+from megacontext_megatron.spans.context_parallel import slice_rows
+from megacontext_megatron.spans.metadata import SpanMetadata
+
+Observer = Callable[[dict[str, Tensor]], None]
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
+
+
+def reads_tokens(settings: Settings, vp_stage: int | None) -> bool:
+    """Return whether this stage needs the text: the first and the last do, and all do where plans depend on it."""
+    return (
+        mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        or mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        or settings.context.eod_policy == "no-cross"
+    )
+
+
+@dataclass(kw_only=True)
+class ForwardStep:
+    """Megatron's `forward_step_func` for working contexts; call it with a data iterator and a model.
+
+    `observe` receives the detached row sums of every training micro-batch on the last stage.  `timers` is
+    Megatron's, whose `batch-generator` timer it runs.
+    """
+
+    settings: Settings
+    micro_batch_size: int
+    eval_micro_batch_size: int
+    needs_mask: bool
+    timers: Any
+    observe: Observer | None = None
+    guard: GistGuard | None = None
+    _masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(
+        self, data_iterator: Iterator[Item], model: torch.nn.Module, return_schedule_plan: bool = False
+    ) -> tuple[Tensor, LossFunction]:
+        """Run one micro-batch; returns the stage's output and the function that reduces it to a loss."""
+        if return_schedule_plan:
+            raise RuntimeError("--overlap-moe-expert-parallel-comm is not supported")
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        self.timers("batch-generator", log_level=2).start()
+        batch = self._next_batch(data_iterator, model, vp_stage)
+        self.timers("batch-generator").stop()
+        spans = self._local_spans(batch)
+        targets = None
+        if batch.text is not None and batch.mask is not None:
+            targets = row_targets(batch.text, batch.mask, spans)
+        output = self._run(model, batch, spans, targets)
+        return output, self._loss_function(targets, spans, training=model.training)
+
+    def _next_batch(self, iterator: Iterator[Item], model: torch.nn.Module, vp_stage: int | None) -> Batch:
+        context = self.settings.context
+        layout = BatchLayout(
+            micro_batch_size=self.micro_batch_size if model.training else self.eval_micro_batch_size,
+            context=context,
+            has_text=reads_tokens(self.settings, vp_stage),
+        )
+        item = None
+        if mpu.get_tensor_model_parallel_rank() == 0:
+            item = next_item(iterator, context.variants)
+            if self.guard is not None and model.training:
+                self.guard.count(item["level"])
+        return broadcast_batch(item, layout, mpu.get_tensor_model_parallel_group())
+
+    def _local_spans(self, batch: Batch) -> SpanMetadata:
+        size, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
+        start, level = (slice_rows(rows, size, rank) for rows in (batch.start, batch.level))
+        return SpanMetadata.of_nodes(start, level, self.settings.context.block_size)
+
+    def _run(
+        self, model: torch.nn.Module, batch: Batch, spans: SpanMetadata, targets: Targets | None
+    ) -> Tensor:
+        common = {
+            "attention_mask": self._mask(batch.start.shape[1], batch.start.device) if self.needs_mask else None,
+            "labels": None if targets is None else targets.labels,
+            "loss_mask": None if targets is None else targets.mask,
+        }
+        # Keywords: Megatron's half-precision wrapper casts positional floating-point arguments.
+        if self.settings.gaussian is not None:
+            tokens = None if batch.text is None else batch.text[:, :-1]
+            return model(input_ids=tokens, spans=spans, **common)
+        tokens = None if batch.text is None else batch.text.gather(1, spans.start)
+        return model(input_ids=tokens, position_ids=spans.start, **common)
+
+    def _mask(self, rows: int, device: torch.device) -> Tensor:
+        """Return the causal mask, bool [1, 1, s, s], that Megatron's dense attention asks for."""
+        if rows not in self._masks:
+            self._masks[rows] = torch.ones(rows, rows, dtype=torch.bool, device=device).triu(1)[None, None]
+        return self._masks[rows]
+
+    def _loss_function(self, targets: Targets | None, spans: SpanMetadata, *, training: bool) -> LossFunction:
+        context: ContextConfig = self.settings.context
+
+        def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, Report]:
+            assert targets is not None
+            total = (losses.float() * targets.mask).sum()
+            count = targets.mask.sum()
+            report = {"lm loss": torch.stack([total.detach(), count])}
+            sums = row_sums(losses, targets, spans, context)
+            if not training:
+                report |= evaluation_report(sums, context)
+            elif self.observe is not None:
+                self.observe(sums)
+            return total, count.to(torch.int), report
+
+        return loss_function

@@ -1,0 +1,1 @@
+"""How place becomes numbers: frequencies, phases, Gaussian damping, and the registry of encodings."""

@@ -1,0 +1,153 @@
+"""Gaussian RoPE: the expectation of a rotation when a row's place is known only as a centre and a spread.
+
+For x ~ N(mu, sigma^2), E[exp(i w x)] = exp(i w mu) exp(-(w sigma)^2 / 2), the characteristic function of the normal
+distribution: ordinary rotation by mu, and damping of each rotary pair.  With independent rows the damping of q and k
+multiply, so both are finished before core attention.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megacontext_megatron.config import GaussianRopeConfig
+from megacontext_megatron.position.frequencies import RotaryFrequencies
+from megacontext_megatron.position.parameters import PositionalParameters, SumOverRanks
+from megacontext_megatron.position.phase import exact_angles, megatron_angles
+from megacontext_megatron.spans.metadata import SpanMetadata, base_sigma
+
+LOG_SCALE_LIMIT = math.log(8.0)
+"""A learned scale stays within a factor of 8 of the rule's sigma."""
+
+
+def damping(sigma: Tensor, omega: Tensor) -> Tensor:
+    """Return exp(-(omega sigma)^2 / 2), fp32 [..., r], for sigma fp32 [...] in tokens; exactly 1 where sigma is 0."""
+    return torch.exp(-0.5 * (sigma.unsqueeze(-1) * omega).square())
+
+
+class LearnableSigma(PositionalParameters):
+    """Log-scales of sigma for levels 1 and up of one layer.
+
+    `kind` is `level` (one per level), `layer` (one for all levels) or `head` (one per level and query group).
+    Initialised to 0, the rule's own sigma.
+    """
+
+    def __init__(
+        self, kind: str, levels: int, query_groups: int, local_groups: slice, sum_over_ranks: SumOverRanks
+    ) -> None:
+        super().__init__(sum_over_ranks)
+        self.log_scale = self.new_parameter({"level": levels, "layer": 1, "head": levels * query_groups}[kind])
+        self._kind, self._levels, self._query_groups, self._local = kind, levels, query_groups, local_groups
+
+    def scales(self) -> Tensor:
+        """Return the factors by level 0..max, fp32 [levels + 1, groups]; groups is 1 or the local query groups."""
+        table = self._table(self.shared(self.log_scale))
+        return table[:, self._local] if self._kind == "head" else table
+
+    def all_scales(self) -> Tensor:
+        """Return the factors of all query groups, whichever rank holds them: fp32 [levels + 1, groups]."""
+        return self._table(self.log_scale.detach())
+
+    def _table(self, log_scale: Tensor) -> Tensor:
+        limited = log_scale.clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
+        if self._kind == "head":
+            table = limited.view(self._levels, self._query_groups)
+        else:
+            table = limited.view(-1, 1).expand(self._levels, 1)
+        return torch.cat([torch.ones_like(table[:1]), table.exp()])
+
+
+class GaussianRotary(torch.nn.Module):
+    """Rotates and damps queries and keys by their rows' spans (`--position-embedding-type gaussian_rope`)."""
+
+    def __init__(
+        self,
+        config: GaussianRopeConfig,
+        frequencies: RotaryFrequencies,
+        interleaved: bool,
+        learnable: LearnableSigma | None = None,
+    ) -> None:
+        super().__init__()
+        self._config, self._frequencies, self._interleaved = config, frequencies, interleaved
+        self.sigma_scale = learnable
+
+    def sigma(self, spans: SpanMetadata) -> Tensor:
+        """Return the spread of each row, fp32 [s, b, groups] in tokens; groups is 1 unless it is learned per head."""
+        sigma = base_sigma(spans.width, self._config.sigma).unsqueeze(-1)
+        if self.sigma_scale is None:
+            return sigma
+        return sigma * self.sigma_scale.scales()[spans.level.long()]
+
+    def forward(self, query: Tensor, key: Tensor, spans: SpanMetadata) -> tuple[Tensor, Tensor]:
+        """Return finished query [s, b, np, hn] and key [s, b, ng, hn]; spans are [s, b]."""
+        frequencies = self._frequencies = self._frequencies.to(query.device)
+        angles = exact_angles if self._config.phase == "exact" else megatron_angles
+        angle = angles(spans.doubled_centre, frequencies).unsqueeze(2)
+        cos, sin = angle.cos(), angle.sin()
+        damp = damping(self.sigma(spans), frequencies.omega)
+        q_damp = damp if self._config.sides == "qk" else torch.ones_like(damp[..., :1, :])
+        return self._turn(query, cos, sin, q_damp), self._turn(key, cos, sin, damp)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor, damp: Tensor) -> Tensor:
+        if 1 < damp.shape[2] < x.shape[2]:
+            damp = damp.repeat_interleave(x.shape[2] // damp.shape[2], dim=2)
+        cos, sin = cos * damp, sin * damp
+        if self._config.phase == "megatron":
+            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        turned = rotate(x, cos, sin, interleaved=self._interleaved)
+        if self._config.renorm == "rms":
+            turned = turned * self._restored_norm(x, damp).to(x.dtype)
+        return turned
+
+    def _restored_norm(self, x: Tensor, damp: Tensor) -> Tensor:
+        """Return what gives each damped row its norm back, [s, b, n, 1]; exactly 1 where nothing was damped."""
+        first, second = pairs(x.float(), damp.shape[-1], interleaved=self._interleaved)
+        energy = first.square() + second.square()
+        passed = x[..., 2 * damp.shape[-1] :].float().square().sum(-1, keepdim=True)
+        kept = (energy * damp.square()).sum(-1, keepdim=True) + passed
+        tiny = torch.finfo(torch.float32).tiny
+        return ((energy.sum(-1, keepdim=True) + passed).clamp_min(tiny) / kept.clamp_min(tiny)).sqrt()
+
+
+def pairs(x: Tensor, count: int, *, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Return both members of the first `count` rotary pairs of x [..., hn]: [..., count] each."""
+    turned = x[..., : 2 * count]
+    if interleaved:
+        return turned[..., 0::2], turned[..., 1::2]
+    return turned[..., :count], turned[..., count:]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate x [s, b, n, hn] by angles given as cos and sin [s, b, 1 or n, r]; channels beyond 2 r pass through.
+
+    The arithmetic runs in the wider of both dtypes and the result has x's.  For one and the same cos and sin it is
+    Megatron's, term by term, so a rotation by equal angles is bit-equal to the stock one.
+    """
+    first, second = pairs(x, cos.shape[-1], interleaved=interleaved)
+    turned = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        together = torch.stack(turned, dim=-1).flatten(-2)
+    else:
+        together = torch.cat(turned, dim=-1)
+    return torch.cat([together.to(x.dtype), x[..., 2 * cos.shape[-1] :]], dim=-1)
+
+
+class LogWidthBias(PositionalParameters):
+    """Lets a gist of w tokens count as w^beta tokens in the softmax: one more channel holding beta and ln w.
+
+    The factor is learned per layer from 0 (`--gaussian-rope-log-width-bias`).
+    """
+
+    def __init__(self, softmax_scale: float, sum_over_ranks: SumOverRanks) -> None:
+        super().__init__(sum_over_ranks)
+        self.factor = self.new_parameter(1)
+        self._softmax_scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, spans: SpanMetadata) -> tuple[Tensor, Tensor]:
+        """Return query [s, b, np, hn + 1] and key [s, b, ng, hn + 1] whose product adds beta ln w of the key's row."""
+        beta = self.shared(self.factor) / self._softmax_scale
+        log_width = spans.width.float().log()[:, :, None, None].expand(*key.shape[:3], 1)
+        query = torch.cat([query, beta.to(query.dtype).expand(*query.shape[:3], 1)], dim=-1)
+        return query, torch.cat([key, log_width.to(key.dtype)], dim=-1)

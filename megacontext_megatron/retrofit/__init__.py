@@ -1,0 +1,1 @@
+"""Around the line: what checkpoints must agree on with a run."""

@@ -1,0 +1,199 @@
+"""The checkpoint contract: which settings a checkpoint fixes, and what happens where a run differs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megacontext_megatron.config import ConfigError
+
+Namespace = argparse.Namespace
+
+ROTARY_SETTINGS = (
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "no_rope_freq",
+)
+PATTERN_SETTINGS = ("window_size", "window_attn_skip_freq")
+GAUSSIAN_SETTINGS = (
+    "gaussian_rope_sigma",
+    "gaussian_rope_learnable_sigma",
+    "gaussian_rope_sides",
+    "gaussian_rope_renorm",
+    "gaussian_rope_phase",
+    "gaussian_rope_log_width_bias",
+)
+CONTEXT_SETTINGS = ("mc_block_size", "mc_max_level")
+RESUME_SETTINGS = ("megacontext", "mc_variants", "mc_source_length", "seq_length")
+"""Fixed for a run that continues another's data order; free for one that only takes its weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedRun:
+    """The arguments a checkpoint was saved with, and where it lies."""
+
+    path: Path
+    args: Namespace
+
+    @property
+    def encoding(self) -> str:
+        """The checkpoint's encoding; one without plugin arguments counts as the stock encoding it names."""
+        return getattr(self.args, "mc_encoding", None) or getattr(self.args, "position_embedding_type", "unknown")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """A setting in which a run and a checkpoint differ."""
+
+    name: str
+    saved: Any
+    asked: Any
+
+    def __str__(self) -> str:
+        """Return the difference as flag: saved value, asked value."""
+        return f"--{self.name.replace('_', '-')}: checkpoint {self.saved}, this run {self.asked}"
+
+
+def checkpoint_path(folder: str, step: int | None = None) -> Path | None:
+    """Return the folder of the iteration that Megatron would load from `folder`, None where there is none.
+
+    Raises ConfigError for a tracker that names nothing readable.
+    """
+    tracker = Path(folder) / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return None
+    word = tracker.read_text().strip()
+    if word != "release" and not word.isdecimal():
+        raise ConfigError(f"{tracker} holds {word!r} instead of an iteration number: restore or remove it.")
+    name = "release" if word == "release" and step is None else f"iter_{int(step if step is not None else word):07d}"
+    path = Path(folder) / name
+    if not path.is_dir():
+        raise ConfigError(f"{path} does not exist, though {tracker} and --ckpt-step name it.")
+    return path
+
+
+def require_checkpoint(args: Namespace) -> None:
+    """Refuse `--load` or `--pretrained-checkpoint` without a checkpoint: Megatron would train from random weights.
+
+    A first launch of a job that saves where it loads from is let through, with a line that says so.
+    """
+    if args.pretrained_checkpoint and checkpoint_path(args.pretrained_checkpoint) is None:
+        raise ConfigError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint.")
+    if args.load is None or checkpoint_path(args.load, args.ckpt_step) is not None:
+        return
+    if args.pretrained_checkpoint:
+        return
+    same = args.save is not None and Path(args.save).resolve() == Path(args.load).resolve()
+    if not same or args.ckpt_step is not None or args.finetune or args.use_checkpoint_args:
+        raise ConfigError(
+            f"--load {args.load} holds no checkpoint, and training would start from random weights: correct the path, "
+            "or leave --load out (a new job that resumes itself gives --load and --save the same folder)."
+        )
+    if args.rank == 0:
+        print(f"> --load and --save name {args.load}, which holds no checkpoint yet: starting a new run", flush=True)
+
+
+def saved_run(folder: str | None, step: int | None = None) -> SavedRun | None:
+    """Read the arguments of the checkpoint in `folder`, None where there is none."""
+    from megatron.core import dist_checkpointing
+
+    path = None if folder is None else checkpoint_path(folder, step)
+    if path is None:
+        return None
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        raise ConfigError(f"{path} is not a torch_dist checkpoint: convert it with Megatron's tools first.")
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    if "args" not in common:
+        raise ConfigError(f"{path} holds no arguments to compare this run with.")
+    return SavedRun(path=path, args=common["args"])
+
+
+def source_of(args: Namespace) -> SavedRun | None:
+    """Return the checkpoint a run starts from: `--load`, or else `--pretrained-checkpoint`."""
+    return saved_run(args.load, args.ckpt_step) or saved_run(args.pretrained_checkpoint)
+
+
+def restore_settings(args: Namespace, explicit: Callable[[str], bool]) -> None:
+    """Give a run under `--use-checkpoint-args` its checkpoint's encoding and fixed settings.
+
+    Megatron restores its own arguments and knows only `rope`.  Flags for which `explicit` says that they were typed
+    keep their values; a difference is then refused like any other.
+    """
+    saved = source_of(args)
+    if saved is None:
+        return
+    if not explicit("mc_encoding"):
+        args.mc_encoding = getattr(saved.args, "mc_encoding", None)
+    names = (*GAUSSIAN_SETTINGS, *CONTEXT_SETTINGS, *RESUME_SETTINGS, *ROTARY_SETTINGS, *PATTERN_SETTINGS)
+    context = ("mc_recent_tokens", "mc_horizon", "mc_plan", "mc_level2_prob", "mc_eod_policy")
+    for name in (*names, *context):
+        if hasattr(saved.args, name) and not explicit(name):
+            setattr(args, name, getattr(saved.args, name))
+
+
+def differences(args: Namespace, saved: SavedRun, *, resumes: bool) -> list[Difference]:
+    """Return the fixed settings in which a run differs from a checkpoint, those of a resumed run included if asked."""
+    asked_encoding = args.mc_encoding or args.position_embedding_type
+    if asked_encoding != saved.encoding:
+        found = [Difference(name="position_embedding_type", saved=saved.encoding, asked=asked_encoding)]
+        shared: tuple[str, ...] = ROTARY_SETTINGS
+    else:
+        found = []
+        shared = (*ROTARY_SETTINGS, *PATTERN_SETTINGS)
+        if args.mc_encoding is not None:
+            shared += GAUSSIAN_SETTINGS
+    if args.megacontext and getattr(saved.args, "megacontext", False):
+        shared += CONTEXT_SETTINGS
+    if resumes:
+        shared += RESUME_SETTINGS
+    missing = object()
+    for name in shared:
+        was, now = getattr(saved.args, name, missing), getattr(args, name, None)
+        if was is not missing and _comparable(was) != _comparable(now):
+            found.append(Difference(name=name, saved=was, asked=now))
+    return found
+
+
+def _comparable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_checkpoint(args: Namespace) -> None:
+    """Refuse a checkpoint of another configuration, before a model is built.
+
+    `--finetune` prints each difference instead, and Megatron then resets consumed samples.  Raises ConfigError.
+    """
+    saved = source_of(args)
+    if saved is None:
+        return
+    was = getattr(saved.args, "padded_vocab_size", args.padded_vocab_size)
+    if was != args.padded_vocab_size:
+        raise ConfigError(
+            f"the vocabulary of {saved.path} is padded to {was}, this run's to {args.padded_vocab_size}: padding grows "
+            "with --tensor-model-parallel-size, so choose --vocab-size and --make-vocab-size-divisible-by such that "
+            f"--make-vocab-size-divisible-by times every --tensor-model-parallel-size divides {was}."
+        )
+    fresh = args.finetune or checkpoint_path(args.load or "", args.ckpt_step) is None
+    found = differences(args, saved, resumes=not fresh)
+    if found and not fresh:
+        listed = "; ".join(str(difference) for difference in found)
+        raise ConfigError(
+            f"{saved.path} was trained with other settings ({listed}): use the checkpoint's, or --finetune to start "
+            "a new run from its weights."
+        )
+    for difference in found:
+        if args.rank == 0:
+            print(f"> finetuning with another {difference}", flush=True)
+    consumed = 0 if fresh else getattr(saved.args, "consumed_train_samples", 0)
+    if consumed % args.mc_variants:
+        raise ConfigError(
+            f"{saved.path} has consumed {consumed} samples, which is not a multiple of --mc-variants "
+            f"{args.mc_variants}: resume with the --mc-variants it was trained with, or use --finetune."
+        )

@@ -1,0 +1,172 @@
+"""A run put together: parsed arguments, settings, and the four things Megatron's loop is given."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from megacontext_megatron.arguments import add_arguments, context_config, refuse_unsupported, settings_from
+from megacontext_megatron.attention.layer_spec import resolved_layers
+from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
+from megacontext_megatron.config import ConfigError, Settings
+from megacontext_megatron.data.indexed import check_indexed_dataset
+from megacontext_megatron.data.manifest import TrainingTokenizer, check_tokenizer
+from megacontext_megatron.model.datasets import DatasetProvider
+from megacontext_megatron.model.gpt import build_model
+from megacontext_megatron.model.guard import GistGuard
+from megacontext_megatron.model.step import ForwardStep
+from megacontext_megatron.retrofit.checkpoint import check_checkpoint, require_checkpoint, restore_settings
+from megacontext_megatron.telemetry.observer import TrainingObserver
+from megacontext_megatron.telemetry.sinks import Sinks
+
+Namespace = argparse.Namespace
+
+
+def parse() -> tuple[Namespace, Settings]:
+    """Parse and validate `sys.argv`, refuse what cannot be honoured, and set Megatron's global variables.
+
+    Raises ConfigError before any model is built.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+    from megatron.training.global_vars import set_global_variables
+
+    args = parse_args(add_arguments)
+    require_checkpoint(args)
+    if args.use_checkpoint_args:
+        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+        load_args_from_checkpoint(args)
+        restore_settings(args, _typed)
+    refuse_unsupported(args)
+    if args.seq_length is not None:
+        context_config(args)
+    if args.mc_encoding is not None:
+        _seam_defaults(args)
+    validate_args(args, {})
+    settings = settings_from(args)
+    check_data(args)
+    set_global_variables(args)
+    check_checkpoint(args)
+    return args, settings
+
+
+def _typed(dest: str) -> bool:
+    flag = f"--{dest.replace('_', '-')}"
+    return any(word.split("=")[0] == flag for word in sys.argv)
+
+
+def _seam_defaults(args: Namespace) -> None:
+    """Turn off Megatron's fused rope, which would rotate by slot, and give a length no encoding here reads."""
+    if args.apply_rope_fusion and args.rank == 0:
+        print(f"> {args.mc_encoding}: apply_rope_fusion is set False, rotation follows each row's span", flush=True)
+    args.apply_rope_fusion = False
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
+
+
+def check_data(args: Namespace) -> None:
+    """Refuse missing, damaged or foreign data sets, and a tokenizer other than the one they were made with."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    if args.mock_data:
+        return
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [b for b in (blend, *(per_split or ())) if b is not None]
+    if not blends:
+        raise ConfigError("no data: give --data-path (or --train-data-path and its kin), or --mock-data to try flags.")
+    prefixes = sorted({prefix for names, _ in blends for prefix in names if "://" not in prefix})
+    for prefix in prefixes:
+        check_indexed_dataset(prefix)
+    check_tokenizer(prefixes, _training_tokenizer(args))
+
+
+def _training_tokenizer(args: Namespace) -> TrainingTokenizer:
+    return TrainingTokenizer(
+        tokenizer_type=args.tokenizer_type,
+        tokenizer_model=args.tokenizer_model,
+        vocab_size=args.vocab_size,
+        eod_id=getattr(args, "null_tokenizer_eod_id", None),
+    )
+
+
+def transformer_config(args: Namespace, settings: Settings) -> MegaContextTransformerConfig:
+    """Return Megatron's transformer config of parsed arguments with the settings aboard."""
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    config = core_transformer_config_from_args(args, config_class=MegaContextTransformerConfig)
+    config.mc_settings = settings
+    if settings.no_rope_layers and settings.gaussian is not None and settings.gaussian.learnable_sigma != "none":
+        # Layers without rotary have no sigma to learn, so layers do not all hold the same keys.
+        config.hetereogenous_dist_checkpoint = True
+    return config
+
+
+class Run:
+    """The four callables of a training run: data sets, model provider, forward step, and its observer."""
+
+    def __init__(self, args: Namespace, settings: Settings) -> None:
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+        from megatron.training import get_tensorboard_writer, get_timers, get_wandb_writer
+
+        self._args, self._settings = args, settings
+        self._printed = False
+        self.datasets = DatasetProvider(args, settings)
+        self._observer = TrainingObserver(
+            args, settings, lambda: Sinks(args.save, get_tensorboard_writer(), get_wandb_writer())
+        )
+        mixes = settings.megacontext and settings.context.plan != "recency"
+        self._step = ForwardStep(
+            settings=settings,
+            micro_batch_size=args.micro_batch_size,
+            eval_micro_batch_size=args.eval_micro_batch_size,
+            needs_mask=args.transformer_impl == "local" and args.context_parallel_size == 1,
+            timers=get_timers(),
+            observe=self._observer.hear,
+            guard=GistGuard(settings.context, get_num_microbatches()) if mixes else None,
+        )
+        self.forward_step = self._step.__call__
+
+    def model_provider(
+        self,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config: Any = None,
+        pg_collection: Any = None,
+    ) -> torch.nn.Module:
+        """Build one stage's model, as Megatron's get_model asks for it."""
+        from megatron.core.distributed import finalize_model_grads
+
+        args = self._args
+        config = config or transformer_config(args, self._settings)
+        config.finalize_model_grads_func = self._observer.finalizing(finalize_model_grads)
+        self._print_layers(config)
+        return build_model(
+            config,
+            args.padded_vocab_size,
+            args.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+            parallel_output=True,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type=args.position_embedding_type,
+            rotary_percent=args.rotary_percent,
+            rotary_base=args.rotary_base,
+            rope_scaling=args.use_rope_scaling,
+            rope_scaling_factor=args.rope_scaling_factor,
+            seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+
+    def _print_layers(self, config: MegaContextTransformerConfig) -> None:
+        if self._args.rank != 0 or self._printed:
+            return
+        self._printed = True
+        print("> layer | encoding | window | bias | core attention", flush=True)
+        for layer in resolved_layers(config):
+            print("> " + " | ".join(layer.as_row()), flush=True)

@@ -1,0 +1,1 @@
+"""Where each row lies: span metadata, levels of detail, plans, and slicing for context parallelism."""

@@ -1,0 +1,30 @@
+"""Arithmetic of levels of detail: a level-l node n of block size K covers tokens [n K^l, (n+1) K^l)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def widths(levels: Tensor, block_size: int) -> Tensor:
+    """Return the tokens each level covers, K^l; int64, shape of `levels`."""
+    return torch.pow(block_size, levels.long())
+
+
+def nodes_per_level(source_length: int, block_size: int, max_level: int) -> list[int]:
+    """Return how many complete nodes each level 0..max_level has over `source_length` tokens."""
+    return [source_length // block_size**level for level in range(max_level + 1)]
+
+
+def entry_index(starts: Tensor, levels: Tensor, source_length: int, block_size: int) -> Tensor:
+    """Return the place of each row's node in the entry table, in which level 0 comes first, then 1, then 2.
+
+    `starts` and `levels` are int64 of any one shape; every start is a multiple of its level's width.
+    """
+    width = widths(levels, block_size)
+    offsets = torch.zeros_like(starts)
+    below = torch.full_like(starts, source_length)
+    for level in range(1, 3):
+        offsets = offsets + torch.where(levels >= level, below, 0)
+        below = below // block_size
+    return offsets + starts // width

@@ -1,0 +1,90 @@
+"""Span metadata: where each row's tokens lie, and the one tensor in which that travels through the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from megacontext_megatron.config import SigmaRule
+from megacontext_megatron.spans.levels import widths
+
+
+class Modality(IntEnum):
+    """What a row's tokens are."""
+
+    TEXT = 0
+
+
+CARRIER_COLUMNS = ("start", "width", "level", "modality")
+"""Columns of the carrier, all float64: exact for integers up to 2^53."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpanMetadata:
+    """Start, width, level and modality of every row, [b, s] in a batch and [s, b] in the model.
+
+    `start` is int64 (tokens), `width` int32 (tokens), `level` and `modality` int8.
+    """
+
+    start: Tensor
+    width: Tensor
+    level: Tensor
+    modality: Tensor
+
+    @classmethod
+    def of_nodes(cls, start: Tensor, level: Tensor, block_size: int) -> SpanMetadata:
+        """Return the metadata of text rows from int64 starts (tokens) and levels of one shape."""
+        return cls(
+            start=start,
+            width=widths(level, block_size).to(torch.int32),
+            level=level.to(torch.int8),
+            modality=torch.full_like(start, Modality.TEXT, dtype=torch.int8),
+        )
+
+    @property
+    def end(self) -> Tensor:
+        """First token behind each span, int64."""
+        return self.start + self.width
+
+    @property
+    def doubled_centre(self) -> Tensor:
+        """Twice the centre, int64 and exact: 2 mu = 2 start + width - 1."""
+        return 2 * self.start + self.width - 1
+
+    def pack(self) -> Tensor:
+        """Return the carrier of [b, s] metadata: float64 [s, b, 1, 4], columns as in CARRIER_COLUMNS."""
+        columns = [getattr(self, name).double() for name in CARRIER_COLUMNS]
+        return torch.stack(columns, dim=-1).transpose(0, 1).unsqueeze(2).contiguous()
+
+    @classmethod
+    def unpack(cls, carrier: Tensor) -> SpanMetadata:
+        """Return the metadata, [s, b], that a carrier [s, b, 1, 4] holds."""
+        start, width, level, modality = carrier.detach()[..., 0, :].unbind(-1)
+        return cls(
+            start=start.long(),
+            width=width.to(torch.int32),
+            level=level.to(torch.int8),
+            modality=modality.to(torch.int8),
+        )
+
+
+def base_sigma(width: Tensor, rule: SigmaRule) -> Tensor:
+    """Return the spread of spans of `width` tokens, fp32, in tokens; 0 for a single token under every rule.
+
+    `uniform` is the standard deviation of a uniform span of w tokens, sqrt((w^2 - 1) / 12); `width` and
+    `half-width` are w and w / 2; `none` is 0.
+    """
+    w = width.double()
+    match rule:
+        case "uniform":
+            sigma = ((w * w - 1.0) / 12.0).sqrt()
+        case "width":
+            sigma = torch.where(w > 1, w, 0.0)
+        case "half-width":
+            sigma = torch.where(w > 1, w / 2.0, 0.0)
+        case "none":
+            sigma = torch.zeros_like(w)
+    return sigma.float()

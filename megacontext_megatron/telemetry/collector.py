@@ -1,0 +1,123 @@
+"""Collects sums on the device through an interval of steps and reduces them once, where all ranks meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacontext_megatron.config import Settings
+from megacontext_megatron.position.gaussian import GaussianRotary
+from megacontext_megatron.spans.metadata import base_sigma
+from megacontext_megatron.telemetry import names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """What an interval of steps showed: scalars by name, and values for histograms by name (fp32 on the CPU)."""
+
+    scalars: dict[str, float]
+    histograms: dict[str, Tensor]
+
+
+class RowSums:
+    """Adds up the row sums of model.losses.row_sums over micro-batches, without leaving the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Add one micro-batch's sums, fp32 [k, 2] each."""
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def reduced(self, group: dist.ProcessGroup) -> dict[str, Tensor]:
+        """Return the sums over all ranks of `group`, on the CPU in float64, and start again; one all-reduce."""
+        if not self._sums:
+            return {}
+        sizes = {name: value.shape[0] for name, value in self._sums.items()}
+        flat = torch.cat([value.reshape(-1) for value in self._sums.values()]).double()
+        dist.all_reduce(flat, group=group)
+        parts = flat.cpu().view(-1, 2).split(list(sizes.values()))
+        self._sums = {}
+        return dict(zip(sizes, parts, strict=True))
+
+
+def row_scalars(sums: dict[str, Tensor], settings: Settings, variants: Sequence[str], steps: int) -> dict[str, float]:
+    """Return the scalars of reduced row sums over `steps` steps; a level or variant without rows gets no name."""
+    context = settings.context
+    out: dict[str, float] = {names.LOSS.at(): _ratio(sums["level"].sum(dim=0))}
+    for level in range(context.max_level + 1):
+        total, count = sums["level"][level].tolist()
+        if count:
+            out[names.LOD_LOSS.at(level=level)] = total / count
+        rows, all_rows = sums["rows"][level].tolist()
+        out[names.LOD_COUNT.at(level=level)] = rows / steps
+        out[names.FRAC_LEVEL.at(level=level)] = rows / all_rows if all_rows else 0.0
+    for variant, pair in zip(variants, sums["variant"], strict=True):
+        if pair[1]:
+            out[names.NLL_LAST.at(H=context.horizon, variant=variant)] = _ratio(pair)
+    if len(variants) > 1 and sums["variant"][:, 1].all():
+        out[names.ADVANTAGE.at()] = _ratio(sums["variant"][1:].sum(dim=0)) - _ratio(sums["variant"][0])
+    out[names.SPAN_WIDTH.at()] = _ratio(sums["width"][0])
+    out[names.COMPRESSION.at()] = context.source_length / context.window
+    return out
+
+
+def _ratio(pair: Tensor) -> float:
+    return float(pair[0] / pair[1])
+
+
+def sigma_table(
+    model: Sequence[torch.nn.Module], settings: Settings, num_layers: int, pipeline: dist.ProcessGroup
+) -> Tensor | None:
+    """Return the learned factors on sigma of all layers, fp32 [layers, levels, groups], NaN where a layer has none.
+
+    None where nothing is learned.  Every pipeline rank must call it: one all-reduce over `pipeline`.
+    """
+    gaussian, levels = settings.gaussian, settings.context.max_level
+    if gaussian is None or gaussian.learnable_sigma == "none":
+        return None
+    found: dict[int, Tensor] = {}
+    for chunk in model:
+        for module in chunk.modules():
+            rotary = getattr(module, "rotary", None)
+            if isinstance(rotary, GaussianRotary) and rotary.sigma_scale is not None:
+                found[module.layer_number] = rotary.sigma_scale.all_scales()
+    groups = rotary_groups(found, pipeline)
+    table = torch.zeros(num_layers, levels + 1, groups, device=torch.cuda.current_device())
+    for layer, scales in found.items():
+        table[layer - 1] = scales.detach()
+    dist.all_reduce(table, group=pipeline)
+    return torch.where(table == 0, torch.nan, table)[:, 1:].cpu()
+
+
+def rotary_groups(found: dict[int, Tensor], pipeline: dist.ProcessGroup) -> int:
+    """Return the number of query groups learned for, agreed on by all stages, one of which may hold no such layer."""
+    own = max((scales.shape[1] for scales in found.values()), default=1)
+    size = torch.tensor([own], device=torch.cuda.current_device())
+    dist.all_reduce(size, op=dist.ReduceOp.MAX, group=pipeline)
+    return int(size.item())
+
+
+def sigma_interval(table: Tensor | None, settings: Settings) -> Interval:
+    """Return the sigmas by level: their scalars, and histograms over layers and query groups, in tokens."""
+    scalars: dict[str, float] = {}
+    histograms: dict[str, Tensor] = {}
+    context, gaussian = settings.context, settings.gaussian
+    if gaussian is None:
+        return Interval(scalars=scalars, histograms=histograms)
+    for level in range(1, context.max_level + 1):
+        base = base_sigma(torch.tensor(context.block_size**level), gaussian.sigma)
+        scales = torch.ones(1) if table is None else table[:, level - 1].flatten()
+        sigma = base * scales[~scales.isnan()]
+        histograms[names.SIGMA_HISTOGRAM.at(level=level)] = sigma
+        scalars[names.SIGMA_MEAN.at(level=level)] = float(sigma.mean())
+        if table is not None:
+            for layer, row in enumerate(table[:, level - 1], start=1):
+                if not row.isnan().any():
+                    scalars[names.SIGMA_SCALE.at(layer=layer, level=level)] = float(row.mean())
+    return Interval(scalars=scalars, histograms=histograms)

@@ -1,0 +1,61 @@
+"""Where metrics go: Megatron's TensorBoard and W&B writers, `metrics.jsonl` beside the checkpoints, and the log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megacontext_megatron.telemetry import names
+from megacontext_megatron.telemetry.collector import Interval
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Sinks:
+    """Writes intervals on the rank that Megatron logs from.
+
+    `folder` is where checkpoints are saved (None: no file).  Lines are appended: a resumed run repeats the iterations
+    after its checkpoint, and the last line of an iteration holds.
+    """
+
+    def __init__(self, folder: str | None, tensorboard: Any, wandb: Any) -> None:
+        self._folder, self._tensorboard, self._wandb = folder, tensorboard, wandb
+
+    def write(self, interval: Interval, iteration: int, consumed_samples: int) -> None:
+        """Send one interval to every sink."""
+        if self._tensorboard is not None:
+            for name, value in interval.scalars.items():
+                # Megatron writes its own loss.
+                if name != names.LOSS.at():
+                    self._tensorboard.add_scalar(name, value, iteration)
+            for name, values in interval.histograms.items():
+                self._tensorboard.add_histogram(name, values, iteration)
+        if self._wandb is not None:
+            import wandb
+
+            histograms = {name: wandb.Histogram(v.tolist()) for name, v in interval.histograms.items()}
+            own = {k: v for k, v in interval.scalars.items() if k != names.LOSS.at()}
+            self._wandb.log({**own, **histograms}, iteration)
+        if self._folder is not None:
+            path = Path(self._folder) / METRICS_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            line = {"iteration": iteration, "consumed_samples": consumed_samples, **interval.scalars}
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        print(log_line(interval.scalars, iteration), flush=True)
+
+
+def log_line(scalars: dict[str, float], iteration: int) -> str:
+    """Return the line printed beside Megatron's own at every log interval."""
+    parts = [f" megacontext iteration {iteration:8d}"]
+    shown = ("mc/frac_level/", "mc/lod_loss/", "mc/nll_last/", names.ADVANTAGE.at(), names.SPAN_WIDTH.at())
+    parts += [f"{name}: {value:.4f}" for name, value in scalars.items() if name.startswith(shown)]
+    return " | ".join(parts)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """Return the last line of each iteration in a folder's metrics file, in order of iteration."""
+    lines = (Path(folder) / METRICS_FILE).read_text().splitlines()
+    by_iteration = {entry["iteration"]: entry for entry in map(json.loads, lines)}
+    return [by_iteration[key] for key in sorted(by_iteration)]
