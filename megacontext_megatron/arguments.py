@@ -5,7 +5,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
@@ -100,6 +100,17 @@ class RunningFlags:
     """Run without a GPU: gloo, Megatron's local layers, and the flags both need."""
 
 
+@dataclass
+class EvaluationFlags:
+    """What evaluate does with a checkpoint."""
+
+    mc_eval_samples: int = 64
+    """Held-out raw samples of --mc-source-length tokens to evaluate on."""
+
+    mc_eval_bigram: bool = False
+    """Also evaluate an add-one bigram model of the training data on the same targets (byte-sized vocabularies)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
     """A request of Megatron's that working contexts do not support; `asked` reads parsed arguments."""
@@ -144,7 +155,11 @@ REFUSALS = (
     Refusal(flag="--hybrid-override-pattern", asked=_given("hybrid_override_pattern"), why=_ONE_MODEL),
     Refusal(flag="--is-hybrid-model", asked=_given("is_hybrid_model"), why=_ONE_MODEL),
     Refusal(flag="--multi-latent-attention", asked=_given("multi_latent_attention"), why=_ONE_MODEL),
-    Refusal(flag="--heterogeneous-layers-config-path", asked=_given("heterogeneous_layers_config_path"), why=_ONE_MODEL),
+    Refusal(
+        flag="--heterogeneous-layers-config-path",
+        asked=_given("heterogeneous_layers_config_path"),
+        why=_ONE_MODEL,
+    ),
     Refusal(
         flag="--heterogeneous-layers-config-encoded-json",
         asked=_given("heterogeneous_layers_config_encoded_json"),
@@ -204,6 +219,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group that only the evaluate command knows and return the parser."""
+    ArgumentGroupFactory(EvaluationFlags).build_group(parser, title="evaluation")
+    return parser
+
+
 def _escape_percent(action: argparse.Action) -> None:
     """Make one help text printable: argparse formats it with %, and Megatron 0.19 has one with a bare percent sign."""
     if action.help is None:
@@ -227,10 +248,14 @@ def refuse_unsupported(args: Namespace) -> None:
             "--megacontext needs --position-embedding-type gaussian_rope: rows that stand for several tokens have no "
             "place in a stock encoding (--gaussian-rope-sigma none gives plain rope at the centre of each row)."
         )
-    for group, switch, on in ((ContextFlags, "--megacontext", args.megacontext), (PositionFlags, "--position-embedding-type gaussian_rope", spans)):
-        for field in dataclasses.fields(group):
-            if not on and getattr(args, field.name) != field.default:
-                raise ConfigError(f"--{field.name.replace('_', '-')} has no effect without {switch}.")
+    _refuse_without_effect(args, ContextFlags, "--megacontext", on=args.megacontext)
+    _refuse_without_effect(args, PositionFlags, "--position-embedding-type gaussian_rope", on=spans)
+
+
+def _refuse_without_effect(args: Namespace, group: type, switch: str, *, on: bool) -> None:
+    for field in dataclasses.fields(group):
+        if not on and getattr(args, field.name) != field.default:
+            raise ConfigError(f"--{field.name.replace('_', '-')} has no effect without {switch}.")
 
 
 def context_config(args: Namespace) -> ContextConfig:
@@ -265,7 +290,10 @@ def gaussian_config(args: Namespace, context: ContextConfig) -> GaussianRopeConf
     }
     for flag, on in learned.items():
         if on and context.plan == "recency":
-            raise ConfigError(f"{flag} would get no gradient: every row is a token without --megacontext and a --mc-plan that collapses.")
+            raise ConfigError(
+                f"{flag} would get no gradient: every row is a token without --megacontext and a --mc-plan that "
+                "collapses."
+            )
     return config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,21 +26,25 @@ from megacontext_megatron.telemetry.sinks import Sinks
 Namespace = argparse.Namespace
 
 
-def parse() -> tuple[Namespace, Settings]:
+def parse(
+    add_more: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None = None,
+    from_checkpoint: Sequence[str] = (),
+) -> tuple[Namespace, Settings]:
     """Parse and validate `sys.argv`, refuse what cannot be honoured, and set Megatron's global variables.
 
-    Raises ConfigError before any model is built.
+    `add_more` adds a command's own groups; `from_checkpoint` names arguments that `--use-checkpoint-args` restores in
+    addition.  Raises ConfigError before any model is built.
     """
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
-    args = parse_args(add_arguments)
+    args = parse_args(lambda parser: add_arguments(add_more(parser) if add_more else parser))
     require_checkpoint(args)
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
-        restore_settings(args, _typed)
+        restore_settings(args, from_checkpoint, _typed)
     refuse_unsupported(args)
     if args.seq_length is not None:
         context_config(args)

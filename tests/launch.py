@@ -28,7 +28,7 @@ ERROR_LINE = re.compile(r"^.*?\b((?:[\w.]*(?:Error|Exception)|error): .*)$", re.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CallResult:
-    """What all ranks did: the code is that of the rank that failed first, as is the error."""
+    """What all ranks did: code, error and end of the log are those of the first rank that failed."""
 
     returncode: int
     values: tuple[Any, ...]
@@ -57,9 +57,7 @@ class TrainResult(CallResult):
 
         events = EventAccumulator(str(self.tensorboard_dir), size_guidance={"scalars": 0})
         events.Reload()
-        return {
-            tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-        }
+        return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
     def scalars(self, tag: str) -> list[float]:
         """Return a tag's TensorBoard scalars, one per logged step; KeyError if it has none."""
@@ -113,10 +111,11 @@ def call(
     logs = [_read(workdir / f"rank{rank}.log") for rank in range(ranks)]
     records = [json.loads(_read(workdir / f"rank{rank}.json") or "{}") for rank in range(ranks)]
     culprit = _first_failure(reply, records)
+    culprit_last = sorted(range(ranks), key=lambda rank: rank == culprit)
     return CallResult(
         returncode=0 if culprit is None else reply["codes"][culprit],
         values=tuple(record.get("value") for record in records),
-        log="".join(f"=== rank {rank} ===\n{text}\n" for rank, text in enumerate(logs)),
+        log="".join(f"=== rank {rank} ===\n{logs[rank]}\n" for rank in culprit_last),
         error="" if culprit is None else _error(culprit, reply, records[culprit], logs[culprit]),
         seconds=reply["seconds"],
     )
@@ -187,10 +186,7 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
 def _first_failure(reply: dict[str, Any], records: Sequence[dict[str, Any]]) -> int | None:
     """Return the rank that failed first: those that the server killed come last."""
     failed = [rank for rank, code in enumerate(reply["codes"]) if code]
-    order = {
-        rank: (reply["killed"][rank], records[rank].get("time", reply["times"][rank]))
-        for rank in failed
-    }
+    order = {rank: (reply["killed"][rank], records[rank].get("time", reply["times"][rank])) for rank in failed}
     return min(failed, key=order.__getitem__, default=None)
 
 

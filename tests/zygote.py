@@ -72,9 +72,7 @@ def run_ranks(request: Request, connection: socket.socket) -> dict[str, Any]:
 
     start = time.monotonic()
     reader, writer = os.pipe()
-    pids = [
-        _fork_rank(request, rank, (reader, writer), connection) for rank in range(request.ranks)
-    ]
+    pids = [_fork_rank(request, rank, (reader, writer), connection) for rank in range(request.ranks)]
     os.close(reader)
     # The server side lives here, as torchrun's does: its port is bound before any rank learns it.
     # It is started after the forks because it owns a thread.
@@ -90,9 +88,7 @@ def run_ranks(request: Request, connection: socket.socket) -> dict[str, Any]:
     }
 
 
-def _wait(
-    pids: list[int], deadline: float, connection: socket.socket
-) -> tuple[dict[int, tuple[int, float]], set[int]]:
+def _wait(pids: list[int], deadline: float, connection: socket.socket) -> tuple[dict[int, tuple[int, float]], set[int]]:
     """Reap all ranks; return (exit code, time) by pid and the pids killed after the deadline."""
     exits: dict[int, tuple[int, float]] = {}
     killed: set[int] = set()
@@ -133,9 +129,7 @@ def _kill(pid: int) -> None:
             send(pid, signal.SIGKILL)
 
 
-def _fork_rank(
-    request: Request, rank: int, pipe: tuple[int, int], connection: socket.socket
-) -> int:
+def _fork_rank(request: Request, rank: int, pipe: tuple[int, int], connection: socket.socket) -> int:
     zygote = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -127,10 +127,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """
     first, second = pairs(x, cos.shape[-1], interleaved=interleaved)
     turned = first * cos - second * sin, second * cos + first * sin
-    if interleaved:
-        together = torch.stack(turned, dim=-1).flatten(-2)
-    else:
-        together = torch.cat(turned, dim=-1)
+    together = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
     return torch.cat([together.to(x.dtype), x[..., 2 * cos.shape[-1] :]], dim=-1)
 
 

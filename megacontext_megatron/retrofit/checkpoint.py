@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,10 +120,10 @@ def source_of(args: Namespace) -> SavedRun | None:
     return saved_run(args.load, args.ckpt_step) or saved_run(args.pretrained_checkpoint)
 
 
-def restore_settings(args: Namespace, explicit: Callable[[str], bool]) -> None:
+def restore_settings(args: Namespace, more: Sequence[str], explicit: Callable[[str], bool]) -> None:
     """Give a run under `--use-checkpoint-args` its checkpoint's encoding and fixed settings.
 
-    Megatron restores its own arguments and knows only `rope`.  Flags for which `explicit` says that they were typed
+    Megatron restores its own arguments and knows only `rope`.  `more` names further arguments to restore.  Flags for which `explicit` says that they were typed
     keep their values; a difference is then refused like any other.
     """
     saved = source_of(args)
@@ -133,7 +133,7 @@ def restore_settings(args: Namespace, explicit: Callable[[str], bool]) -> None:
         args.mc_encoding = getattr(saved.args, "mc_encoding", None)
     names = (*GAUSSIAN_SETTINGS, *CONTEXT_SETTINGS, *RESUME_SETTINGS, *ROTARY_SETTINGS, *PATTERN_SETTINGS)
     context = ("mc_recent_tokens", "mc_horizon", "mc_plan", "mc_level2_prob", "mc_eod_policy")
-    for name in (*names, *context):
+    for name in (*names, *context, *more):
         if hasattr(saved.args, name) and not explicit(name):
             setattr(args, name, getattr(saved.args, name))
 

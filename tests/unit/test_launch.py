@@ -44,14 +44,14 @@ def describe(greeting: str) -> dict[str, Any]:
     }
 
 
-def fail_in_rank_1(then: str) -> None:
-    """Raise in rank 1, while rank 0 waits for it in the named way."""
+def fail_in_rank_0(then: str) -> None:
+    """Raise in rank 0, while rank 1 waits for it in the named way."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
     dist.barrier()
-    if dist.get_rank() == 1:
-        raise ValueError("rank one is broken")
+    if dist.get_rank() == 0:
+        raise ValueError("rank zero is broken")
     if then == "sleep":
         sleep_forever()
     dist.barrier()
@@ -181,11 +181,11 @@ def test_values_come_back_by_rank(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("then", ["sleep", "barrier"])
 def test_first_failure_is_blamed_and_ends_the_others(tmp_path: Path, then: str) -> None:
-    """The error is rank 1's, whether rank 0 hangs or fails in consequence."""
-    result = call(fail_in_rank_1, {"then": then}, 2, workdir=tmp_path)
-    assert (result.returncode, result.error) == (1, "ValueError: rank one is broken")
+    """The error is rank 0's, whether rank 1 hangs or fails in consequence."""
+    result = call(fail_in_rank_0, {"then": then}, 2, workdir=tmp_path)
+    assert (result.returncode, result.error) == (1, "ValueError: rank zero is broken")
     assert result.seconds < SOON
-    with pytest.raises(AssertionError, match=r"(?s)exit code 1: .*=== rank 1 ===.*Traceback"):
+    with pytest.raises(AssertionError, match=r"(?s)=== rank 1 ===.*=== rank 0 ===.*Traceback"):
         result.check()
 
 
