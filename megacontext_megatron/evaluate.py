@@ -20,8 +20,7 @@ from typing import Any
 from megacontext_megatron.argv import value_of
 from megacontext_megatron.config import ConfigError, ContextConfig, Settings
 from megacontext_megatron.pretrain import exit_with, prepare
-
-EVALUATION_FILE = "evaluation.json"
+from megacontext_megatron.telemetry.report import EVALUATION_FILE
 
 FIXED_FLAGS = (
     "--use-checkpoint-args",

@@ -34,9 +34,10 @@ model=(
   --normalization RMSNorm --swiglu --disable-bias-linear
   --attention-dropout 0 --hidden-dropout 0
   --position-embedding-type gaussian_rope
-  # 512 rows show 4096 tokens: the newest 128 as themselves, older ones more and more as gists
+  # 512 rows stand for 3072 tokens: the newest 128 as they are, most of the others in gists. With
+  # fewer than 3072 no span of 1024 tokens is whole, and there would be no gist of level 2
   --seq-length 512 --max-position-embeddings 512
-  --megacontext --mc-source-length 4096 --mc-variants 2 --mc-block-size 32 --mc-max-level 2
+  --megacontext --mc-source-length 3072 --mc-variants 2 --mc-block-size 32 --mc-max-level 2
   --mc-recent-tokens 128 --mc-horizon 64
 )
 data=(
@@ -55,7 +56,10 @@ training=(
 )
 
 mc_setup
-if [[ " $* " != *" --cpu "* ]] && mc_has_gpu; then
+device=()
+if [[ " $* " == *" --cpu "* ]]; then
+  device=(--cpu)
+elif mc_has_gpu; then
   # Transformer Engine is optional; its stand-in lacks Apex's fused kernels
   model+=(--bf16)
   if ! "$(mc_python)" -c 'import transformer_engine.pytorch' 2>/dev/null; then
@@ -71,6 +75,7 @@ fi
 fresh_folder "$run/checkpoints"
 fresh_folder "$run/tensorboard"
 bash scripts/train.sh "${model[@]}" "${data[@]}" "${training[@]}" "$@"
-MC_MODULE=megacontext_megatron.evaluate bash scripts/train.sh \
-  "${model[@]}" "${data[@]}" "${training[@]}" "$@" --load "$run/checkpoints"
+# the model and the data are those that the checkpoint records
+MC_MODULE=megacontext_megatron.evaluate bash scripts/train.sh --load "$run/checkpoints" \
+  "${device[@]}"
 "$(mc_python)" -m megacontext_megatron.telemetry.report "$run"

@@ -59,6 +59,10 @@ class TrainResult(CallResult):
         events.Reload()
         return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
+    def tags(self, prefix: str) -> list[str]:
+        """Return the tags of all TensorBoard scalars that start with `prefix`, sorted."""
+        return sorted(tag for tag in self._scalars if tag.startswith(prefix))
+
     def scalars(self, tag: str) -> list[float]:
         """Return a tag's TensorBoard scalars, one per logged step; KeyError if it has none."""
         return self._scalars[tag]

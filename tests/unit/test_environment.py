@@ -235,9 +235,7 @@ def test_installs_once_and_again_after_changes_and_failures(small_project: Machi
     assert small_project.run("mc_setup; mc_setup dev").stderr == ""
 
     unreachable = "missing @ http://127.0.0.1:9/missing-1-py3-none-any.whl"
-    project.write_text(
-        PYPROJECT.replace("dependencies = []\nopt", f'dependencies = ["{unreachable}"]\nopt')
-    )
+    project.write_text(PYPROJECT.replace("dependencies = []\nopt", f'dependencies = ["{unreachable}"]\nopt'))
     for _ in range(2):
         failed = small_project.run("mc_setup; echo reached")
         assert (failed.returncode, failed.stdout) == (1, "")

@@ -153,6 +153,15 @@ def test_nothing_to_train_on(tmp_path: Path, lengths: list[int]) -> None:
     assert f"{prefix}.idx holds no" in refusal(prefix)
 
 
+@pytest.mark.parametrize("boundaries", [0, 1])
+def test_sequences_without_a_document(prefix: str, boundaries: int) -> None:
+    """An index whose sequences belong to no document is refused."""
+    overwrite(f"{prefix}.idx", 26, struct.pack("<Q", boundaries))
+    index = Path(f"{prefix}.idx")
+    index.write_bytes(index.read_bytes()[: HEADER_BYTES + 36 + 8 * boundaries])
+    assert f"{prefix}.idx holds no documents" in refusal(prefix)
+
+
 @pytest.mark.parametrize(
     ("offset", "raw"),
     [

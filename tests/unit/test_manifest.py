@@ -5,10 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
 
 from megacontext_megatron.config import ConfigError
-from megacontext_megatron.data.corpus import CorpusSettings, build_corpus
 from megacontext_megatron.data.manifest import (
     Manifest,
     TrainingTokenizer,
@@ -17,45 +15,35 @@ from megacontext_megatron.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from tests.unit.corpora import build, write_tokenizer
 
 BYTE_RUN = TrainingTokenizer(tokenizer_type="NullTokenizer", vocab_size=320, eod_id=256)
 
 
-def write_tokenizer(folder: Path, *tokens: str) -> Path:
-    """Write a word tokenizer and return its folder."""
-    folder.mkdir()
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[0])).save(
-        str(folder / "tokenizer.json")
-    )
-    return folder
-
-
-def build(tmp_path: Path, name: str, **settings: object) -> str:
+def build_named(tmp_path: Path, name: str, **settings: object) -> str:
     """Build a data set of one short text and return its prefix."""
     text = tmp_path / "text.txt"
     text.write_text("some text")
-    prefix = str(tmp_path / name)
-    build_corpus(CorpusSettings(inputs=(str(text),), output_prefix=prefix, **settings))
-    return prefix
+    build(text, str(tmp_path / name), **settings)
+    return str(tmp_path / name)
 
 
 @pytest.fixture
 def byte_prefix(tmp_path: Path) -> str:
     """Return a data set of bytes."""
-    return build(tmp_path, "bytes")
+    return build_named(tmp_path, "bytes")
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Return the folder of a tokenizer."""
-    return write_tokenizer(tmp_path / "model", "w", "</s>", "<|endoftext|>")
+    return write_tokenizer(tmp_path / "model", ["w", "</s>", "<|endoftext|>"])
 
 
 @pytest.fixture
 def word_prefix(tmp_path: Path, model: Path) -> str:
     """Return a data set made by that tokenizer."""
-    return build(tmp_path, "words", tokenizer=str(model))
+    return build_named(tmp_path, "words", tokenizer=str(model))
 
 
 def known(prefix: str) -> Manifest:
@@ -162,7 +150,7 @@ def test_another_huggingface_tokenizer(
     word_prefix: str, model: Path, tmp_path: Path, changes: dict, message: str
 ) -> None:
     """Another tokenizer.json, EOD or vocabulary is refused, naming the flag."""
-    write_tokenizer(tmp_path / "other", "w", "</s>", "<|endoftext|>", "more")
+    write_tokenizer(tmp_path / "other", ["w", "</s>", "<|endoftext|>", "more"])
     changes = {k: v.format(folder=tmp_path) if type(v) is str else v for k, v in changes.items()}
     run = TrainingTokenizer(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(model))
     check_tokenizer([word_prefix], run)
@@ -180,15 +168,15 @@ def test_blend_of_two_tokenizers(byte_prefix: str, word_prefix: str) -> None:
 
 def test_blend_with_two_ends_of_document(tmp_path: Path, word_prefix: str, model: Path) -> None:
     """The same tokenizer.json with two EODs is refused even while the run's EOD is unknown."""
-    other = build(tmp_path, "other", tokenizer=str(model), eod_token="</s>")
+    other = build_named(tmp_path, "other", tokenizer=str(model), eod_token="</s>")
     run = TrainingTokenizer(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(model))
     check_tokenizer([other], run)
-    with pytest.raises(ConfigError, match="EOD 2.*EOD 1"):
+    with pytest.raises(ConfigError, match=r"EOD 2.*EOD 1"):
         check_tokenizer([word_prefix, other], run)
 
 
 def test_manifest_of_another_index(tmp_path: Path, byte_prefix: str, word_prefix: str) -> None:
     """A data set caught between the renames of a build is recognised."""
-    write_manifest(byte_prefix, known(build(tmp_path, "without", append_eod=False)))
+    write_manifest(byte_prefix, known(build_named(tmp_path, "without", append_eod=False)))
     with pytest.raises(ConfigError, match=rf"^{byte_prefix}\.idx is not the one"):
         check_tokenizer([byte_prefix], BYTE_RUN)

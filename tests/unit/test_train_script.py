@@ -110,9 +110,7 @@ def test_gpus_are_those_that_torch_can_use(tmp_path: Path, usable: str, expected
         f"class cuda:\n is_available = lambda: {usable} > 0\n device_count = lambda: {usable}\n"
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
-    result = train(
-        MC_GPU_COUNT="", PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHONPATH=str(tmp_path)
-    )
+    result = train(MC_GPU_COUNT="", PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHONPATH=str(tmp_path))
     words = shlex.split(result.stdout)
     assert value(words, "--nproc-per-node") == expected
     assert ("--cpu" in words) == (usable == "0")

@@ -1,0 +1,1 @@
+"""Trainings in real ranks that are quick enough for every change."""

@@ -1,0 +1,183 @@
+"""Faults and changed settings, put into the package in a rank before its training starts.
+
+Each function is a ``before`` hook of ``tests.launch.train``.  A fault here is one that a layout could really have, so
+a comparison that does not notice it proves nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacontext_megatron.spans.metadata import SpanMetadata
+
+Carrying = AbstractContextManager[None]
+
+
+def spread_parameters() -> None:
+    """Start positional parameters away from 0, each at another value."""
+    from megacontext_megatron.position.parameters import PositionalParameters
+
+    def spread(self: PositionalParameters, size: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.linspace(0.6, -0.4, size))
+
+    PositionalParameters.new_parameter = spread
+
+
+def shifted_starts(offset: int) -> None:
+    """Let the layers see every row `offset` tokens later in the document."""
+    _carry(lambda spans: dataclasses.replace(spans, start=spans.start + offset))
+
+
+def zero_centres() -> None:
+    """Put every row at the same place."""
+    SpanMetadata.doubled_centre = property(lambda self: torch.zeros_like(self.start))  # type: ignore[assignment]
+
+
+def zero_sigma() -> None:
+    """Let gists be as sharp as tokens."""
+    from megacontext_megatron.position import gaussian
+
+    gaussian.base_sigma = lambda width, rule: torch.zeros_like(width, dtype=torch.float32)
+
+
+def next_plan() -> None:
+    """Let the layers see the places of the next micro-batch's rows."""
+    from megacontext_megatron.model.step import ForwardStep
+
+    real = ForwardStep._next_batch
+    ahead: dict[int | None, Any] = {}
+    following: list[SpanMetadata] = []
+
+    def look_ahead(self: ForwardStep, iterator: Any, model: torch.nn.Module, vp_stage: int | None) -> Any:
+        batch = ahead.get(vp_stage) or real(self, iterator, model, vp_stage)
+        ahead[vp_stage] = real(self, iterator, model, vp_stage)
+        following[:] = [self._local_spans(ahead[vp_stage])]
+        return batch
+
+    ForwardStep._next_batch = look_ahead
+    _carry(lambda _: following[0])
+
+
+def latest_plan() -> None:
+    """Let the layers read the newest places handed to the model, instead of those that came with their input."""
+    from megacontext_megatron.attention.self_attention import SpanSelfAttention
+
+    real = SpanSelfAttention.forward
+    latest: list[Tensor] = []
+
+    def keep(spans: SpanMetadata) -> SpanMetadata:
+        latest[:] = [spans.pack()]
+        return spans
+
+    def read_late(self: SpanSelfAttention, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any, **kwargs: Any) -> Any:
+        return real(self, hidden_states, *args, rotary_pos_emb=latest[0], **kwargs)
+
+    _carry(keep)
+    SpanSelfAttention.forward = read_late
+
+
+def swapped_context_slices() -> None:
+    """Give each context-parallel rank the places of another rank's rows."""
+    from megacontext_megatron.model import step
+
+    real_spans, real_slice = step.ForwardStep._local_spans, step.slice_rows
+    others: list[SpanMetadata] = []
+
+    def both(self: step.ForwardStep, batch: Any) -> SpanMetadata:
+        step.slice_rows = lambda rows, size, rank: real_slice(rows, size, size - 1 - rank)
+        others[:] = [real_spans(self, batch)]
+        step.slice_rows = real_slice
+        return real_spans(self, batch)
+
+    step.ForwardStep._local_spans = both
+    _carry(lambda _: others[0])
+
+
+def repeated_sequence_slice() -> None:
+    """Give every sequence-parallel rank the first rank's rows."""
+    _scatter(lambda real, rows, group: real(rows.chunk(group.size())[0].repeat(group.size(), 1, 1), group=group))
+
+
+def twice_scattered() -> None:
+    """Scatter rows over sequence-parallel ranks that are scattered already."""
+    _scatter(lambda real, rows, group: real(real(rows, group=group), group=group))
+
+
+def neighbouring_gists() -> None:
+    """Take each gist's row from the block after its own."""
+    from megacontext_megatron.context import assembly
+
+    real = assembly.entry_index
+
+    def shifted(starts: Tensor, levels: Tensor, source_length: int, block_size: int) -> Tensor:
+        return real(starts, levels, source_length, block_size) + (levels > 0).long()
+
+    assembly.entry_index = shifted
+
+
+def leaking_gists() -> None:
+    """Scale gists by all of a sample's tokens, later ones included."""
+    from megacontext_megatron.model.gpt import MegaContextGPTModel
+
+    real = MegaContextGPTModel.gister
+
+    def leaking(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        return real(below, rms.mean(dim=0, keepdim=True).expand_as(rms), block_size)
+
+    MegaContextGPTModel.gister = staticmethod(leaking)
+
+
+def unshifted_labels() -> None:
+    """Ask each row for the last token that it covers itself."""
+    from megacontext_megatron.model import step
+
+    real = step.row_targets
+    step.row_targets = lambda text, mask, spans: real(text.roll(1, dims=1), mask, spans)
+
+
+def unsummed_positional_gradients() -> None:
+    """Leave a positional parameter's gradient at what one tensor-parallel rank's heads give."""
+    from megacontext_megatron.attention import self_attention
+
+    self_attention.copy_to_tensor_model_parallel_region = lambda value, group: value
+
+
+def unmarked_norms() -> None:
+    """Leave the gradients of norms at what one sequence-parallel rank's rows give."""
+    from megacontext_megatron.attention.norm import PortableNorm
+
+    real = PortableNorm.__new__
+
+    def unmarked(cls: type, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        norm = real(cls, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = False
+        return norm
+
+    PortableNorm.__new__ = unmarked
+
+
+def _carry(change: Callable[[SpanMetadata], SpanMetadata]) -> None:
+    """Let the carrier hold changed metadata; rows, labels and losses keep their own."""
+    from megacontext_megatron.model.carrier import SpanCarrier
+
+    real = SpanCarrier.carrying
+
+    def carrying(self: SpanCarrier, spans: SpanMetadata) -> Carrying:
+        return real(self, change(spans))
+
+    SpanCarrier.carrying = carrying
+
+
+def _scatter(change: Callable[..., Tensor]) -> None:
+    """Change how the first stage's rows are scattered over sequence-parallel ranks."""
+    from megacontext_megatron.model import gpt
+
+    real = gpt.scatter_to_sequence_parallel_region
+    gpt.scatter_to_sequence_parallel_region = lambda rows, group: change(real, rows, group)

@@ -1,0 +1,215 @@
+"""Layouts against one process: the runs that are compared, and how far apart they may be.
+
+Every run of a family starts from one checkpoint that one process wrote, because Megatron seeds the weights of
+pipeline stages differently.  The regime is strong: large initial weights, so that the loss depends on positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests import mutations, recording
+from tests.launch import TrainResult, train
+from tests.tiny import tiny_flags
+
+LOSS_TOLERANCE = 1e-6
+GRAD_NORM_TOLERANCE = 1e-5
+METRIC_TOLERANCE = 1e-5
+"""Metrics are means over fewer rows than the loss, and some are differences of such means."""
+
+STEPS = 20
+MOE_STEPS = 10
+TIMEOUT = 600.0
+
+Flags = Mapping[str, Any]
+
+MIXED: Flags = {
+    "megacontext": True,
+    "mc_source_length": 1024,
+    "mc_block_size": 8,
+    "mc_variants": 2,
+    "mc_recent_tokens": 32,
+    "mc_horizon": 32,
+    "mc_level2_prob": 0.3,
+    "seq_length": 128,
+    "micro_batch_size": 2,
+    "global_batch_size": 16,
+    "lr_decay_iters": STEPS,
+}
+"""128 rows of levels 0 to 2 over 1024 tokens; eight micro-batches a step, twice the stages of the deepest pipeline."""
+
+LEVEL: Flags = {"gaussian_rope_learnable_sigma": "level"}
+
+MOE: Flags = {
+    "num_experts": 4,
+    "moe_layer_freq": "([0]*1+[1]*3)",
+    "moe_ffn_hidden_size": 128,
+    "moe_router_topk": 2,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_load_balancing_type": "none",
+    "moe_router_bias_update_rate": 1e-3,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_dtype": "fp32",
+    "moe_shared_expert_intermediate_size": 128,
+    "moe_token_dispatcher_type": "alltoall",
+}
+
+FAMILIES: Mapping[str, Flags] = {
+    "dense": MIXED | LEVEL,
+    "head-sigma": MIXED | {"gaussian_rope_learnable_sigma": "head"},
+    "log-width": MIXED | LEVEL | {"gaussian_rope_log_width_bias": True},
+    "windowed": MIXED
+    | LEVEL
+    | {"window_size": "16,0", "window_attn_skip_freq": "([1]*3+[0]*1)", "no_rope_freq": "([0]*3+[1]*1)"},
+    "no-cross": MIXED | LEVEL | {"mc_eod_policy": "no-cross", "mc_plan": "mix"},
+    "moe": MIXED | LEVEL | MOE,
+}
+"""Models and contexts that share a checkpoint and a one-process run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a family's model is spread over ranks."""
+
+    name: str
+    ranks: int = 1
+    flags: Flags = dataclasses.field(default_factory=dict)
+    family: str = "dense"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ONE = Layout(name="one process")
+
+FULL_RECOMPUTE: Flags = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+SELECTIVE_RECOMPUTE: Flags = {"recompute_granularity": "selective"}
+
+TP: Flags = {"tensor_model_parallel_size": 2}
+TP_SP: Flags = TP | {"sequence_parallel": True}
+PP: Flags = {"pipeline_model_parallel_size": 2}
+VPP: Flags = PP | {"num_layers_per_virtual_pipeline_stage": 1}
+CP: Flags = {"context_parallel_size": 2}
+DIST_OPT: Flags = {"use_distributed_optimizer": True}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The largest relative differences over all steps of two runs."""
+
+    loss: float
+    grad_norm: float
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.1e}, grad norm {self.grad_norm:.1e}"
+
+    def agrees(self) -> bool:
+        """Whether the runs are the same up to the order of fp32 sums."""
+        return self.loss <= LOSS_TOLERANCE and self.grad_norm <= GRAD_NORM_TOLERANCE
+
+
+def difference(result: TrainResult, reference: TrainResult) -> Difference:
+    """Compare the steps of `result` with the first steps of `reference`."""
+    return Difference(
+        loss=largest(result.losses, reference.losses),
+        grad_norm=largest(result.grad_norms, reference.grad_norms),
+    )
+
+
+def largest(values: list[float], expected: list[float]) -> float:
+    """Return the largest relative difference; `expected` may be longer."""
+    assert values
+    pairs = zip(values, expected[: len(values)], strict=True)
+    return max(abs(value - right) / abs(right) for value, right in pairs)
+
+
+def metric_difference(result: TrainResult, reference: TrainResult) -> tuple[float, str]:
+    """Return the largest difference between the plugin's metrics, relative where they exceed 1, and its name."""
+    names = reference.tags("mc/")
+    assert names
+    assert names == result.tags("mc/")
+    worst = (0.0, "")
+    for name in names:
+        values = result.scalars(name)
+        for value, right in zip(values, reference.scalars(name)[: len(values)], strict=True):
+            worst = max(worst, (abs(value - right) / max(1.0, abs(right)), name))
+    return worst
+
+
+class References:
+    """The checkpoints and one-process runs of a session, each made when it is first needed."""
+
+    def __init__(self, corpus: Path, folder: Path) -> None:
+        self._corpus, self._folder = corpus, folder
+        self._checkpoints: dict[str, Path] = {}
+        self._runs: dict[str, TrainResult] = {}
+
+    def data(self) -> dict[str, Any]:
+        """Return the flags that name the data."""
+        return {"data_path": str(self._corpus), "data_cache_path": str(self._folder / "cache")}
+
+    def checkpoint(self, family: str) -> Path:
+        """Return a checkpoint of one process, whose positional parameters are not at their initial values."""
+        if family not in self._checkpoints:
+            self._checkpoints[family] = self._save(family)
+        return self._checkpoints[family]
+
+    def _save(self, family: str) -> Path:
+        folder = self._folder / family / "checkpoint"
+        once = {"train_iters": 1, "lr": 1e-6, "min_lr": 1e-6, "save": folder, "save_interval": 1, "no_save_optim": True}
+        flags = tiny_flags(strong=True, **FAMILIES[family], **self.data(), **once)
+        train(flags, workdir=self._folder / family / "init", before=mutations.spread_parameters).check()
+        return folder
+
+    def one_process(self, family: str) -> TrainResult:
+        """Return the run that the family's layouts are compared with; its values are those of its recorder."""
+        if family not in self._runs:
+            self._runs[family] = self._run_alone(family)
+        return self._runs[family]
+
+    def _run_alone(self, family: str) -> TrainResult:
+        steps, recorder = (MOE_STEPS, recording.routing) if family == "moe" else (STEPS, recording.plans)
+        layout = dataclasses.replace(ONE, family=family)
+        return self.train(layout, self._folder / family / "one", steps=steps, before=recorder).check()
+
+    def train(
+        self,
+        layout: Layout,
+        workdir: Path,
+        *,
+        steps: int = STEPS,
+        before: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> TrainResult:
+        """Train a layout from its family's checkpoint, with `before(**kwargs)` called in every rank."""
+        start = {"load": self.checkpoint(layout.family), "finetune": True, "exit_on_missing_checkpoint": True}
+        values = {**FAMILIES[layout.family], **self.data(), **start, "train_iters": steps, **layout.flags}
+        flags = tiny_flags(strong=True, **values)
+        return train(
+            flags, layout.ranks, workdir=workdir, before=before, before_kwargs=kwargs, timeout=TIMEOUT
+        )
+
+    def compared(self, layout: Layout, workdir: Path, **kwargs: Any) -> Difference:
+        """Train a layout as `train` does and return its difference from one process."""
+        result = self.train(layout, workdir, **kwargs).check()
+        found = difference(result, self.one_process(layout.family))
+        print(f"{layout}: {found} over {len(result.losses)} steps, {result.seconds:.0f} s")
+        return found
+
+    def agrees(self, layout: Layout, workdir: Path, *, steps: int = STEPS) -> None:
+        """Assert that a layout trains as one process does, and that its metrics say the same."""
+        result, reference = self.train(layout, workdir, steps=steps).check(), self.one_process(layout.family)
+        found, (metric, name) = difference(result, reference), metric_difference(result, reference)
+        print(f"{layout}: {found}, metrics {metric:.1e} ({name}) over {steps} steps, {result.seconds:.0f} s")
+        assert len(result.losses) == len(result.grad_norms) == steps
+        assert found.loss <= LOSS_TOLERANCE
+        assert found.grad_norm <= GRAD_NORM_TOLERANCE
+        assert metric <= METRIC_TOLERANCE, name

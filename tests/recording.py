@@ -1,0 +1,70 @@
+"""Recorders: ``before`` hooks of ``tests.launch.train`` that change nothing and return what they saw."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def digest(*tensors: Tensor) -> str:
+    """Return a hash of the bits of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def plans() -> Callable[[], list[str]]:
+    """Record a hash of the rows' places for every micro-batch this rank runs."""
+    from megacontext_megatron.model.step import ForwardStep
+
+    seen: list[str] = []
+    real = ForwardStep._local_spans
+
+    def record(self: ForwardStep, batch: Any) -> Any:
+        spans = real(self, batch)
+        seen.append(digest(spans.start, spans.level))
+        return spans
+
+    ForwardStep._local_spans = record
+    return lambda: seen
+
+
+def gradients() -> Callable[[], list[dict[str, str]]]:
+    """Record a hash of every parameter's final gradient, by name, for every step."""
+    import megatron.core.distributed as distributed
+
+    seen: list[dict[str, str]] = []
+    real = distributed.finalize_model_grads
+
+    def record(model: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        real(model, *args, **kwargs)
+        assert len(model) == 1
+        seen.append({name: digest(parameter.main_grad) for name, parameter in model[0].named_parameters()})
+
+    distributed.finalize_model_grads = record
+    return lambda: seen
+
+
+def routing() -> Callable[[], dict[str, Any]]:
+    """Record which experts every layer chose for every row, in the order of its calls.
+
+    The value holds, by layer number, one string a micro-batch: a hexadecimal digit a row, whose bits are the experts.
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    seen: dict[str, list[str]] = {}
+    real = TopKRouter.routing
+
+    def record(self: TopKRouter, *args: Any, **kwargs: Any) -> Any:
+        probabilities, chosen = real(self, *args, **kwargs)
+        bits = (chosen.long() << torch.arange(chosen.shape[1])).sum(dim=1)
+        seen.setdefault(str(self.layer_number), []).append("".join(f"{row:x}" for row in bits.tolist()))
+        return probabilities, chosen
+
+    TopKRouter.routing = record
+    return lambda: seen
