@@ -100,6 +100,10 @@ class RunningFlags:
     """Run without a GPU: gloo, Megatron's local layers, and the flags both need."""
 
 
+RUN_FLAGS = {PositionFlags: "gaussian rope", ContextFlags: "megacontext", RunningFlags: "running"}
+"""The groups every command knows, and their titles in --help."""
+
+
 @dataclass
 class EvaluationFlags:
     """What evaluate does with a checkpoint."""
@@ -165,9 +169,7 @@ REFUSALS = (
         asked=_given("heterogeneous_layers_config_encoded_json"),
         why=_ONE_MODEL,
     ),
-    Refusal(
-        flag="--experimental-attention-variant", asked=_given("experimental_attention_variant"), why=_ONE_MODEL
-    ),
+    Refusal(flag="--experimental-attention-variant", asked=_given("experimental_attention_variant"), why=_ONE_MODEL),
     Refusal(flag="--spec", asked=_given("spec"), why="the plugin builds the layer spec itself"),
     Refusal(flag="--qk-l2-norm", asked=_given("qk_l2_norm"), why="the plugin builds the layer spec itself"),
     Refusal(flag="--use-kitchen", asked=_given("use_kitchen"), why="the plugin builds the layer spec itself"),
@@ -212,11 +214,30 @@ SPAN_REFUSALS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the plugin's groups to Megatron's parser and return it."""
-    for flags, title in ((PositionFlags, "gaussian rope"), (ContextFlags, "megacontext"), (RunningFlags, "running")):
+    for flags, title in RUN_FLAGS.items():
         ArgumentGroupFactory(flags).build_group(parser, title=title)
     for action in parser._actions:
         _escape_percent(action)
     return parser
+
+
+def flag_table() -> str:
+    """Return the plugin's flags as a Markdown table: flag, values, default, meaning."""
+    parser = argparse.ArgumentParser(add_help=False)
+    groups = [ArgumentGroupFactory(flags).build_group(parser) for flags in (*RUN_FLAGS, EvaluationFlags)]
+    lines = ["| flag | values | default | meaning |", "|---|---|---|---|"]
+    for group in groups:
+        for action in group._group_actions:
+            if action.dest == "mc_encoding":
+                continue
+            values = ", ".join(map(str, action.choices)) if action.choices else _kind(action)
+            default = "" if action.default in (None, False) else f"`{action.default}`"
+            lines.append(f"| `{action.option_strings[0]}` | {values} | {default} | {action.help} |")
+    return "\n".join(lines)
+
+
+def _kind(action: argparse.Action) -> str:
+    return "switch" if action.nargs == 0 else getattr(action.type, "__name__", "")
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -194,6 +194,15 @@ def _context_line(settings: Settings) -> str:
     )
 
 
+def tables() -> dict[str, str]:
+    """Return the README's generated tables, Markdown, by the name of their marker."""
+    from megacontext_megatron.arguments import flag_table
+    from megacontext_megatron.position.registry import support_table
+    from megacontext_megatron.telemetry.names import metric_table
+
+    return {"flags": flag_table(), "support": support_table(), "metrics": metric_table()}
+
+
 def show(title: str, findings: Iterator[Finding]) -> bool:
     """Print findings under a title as they come; returns whether all are active."""
     print(f"\n{title}")
@@ -208,12 +217,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Examine the installation, and with flags the run they ask for."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
-    parser.add_argument("--matrix", action="store_true", help="print the support matrix as Markdown and exit")
+    parser.add_argument("--tables", action="store_true", help="print the README's generated tables and exit")
     own, flags = parser.parse_known_args(words)
-    if own.matrix:
-        from megacontext_megatron.position.registry import support_table
-
-        print(support_table())
+    if own.tables:
+        print("\n\n".join(tables().values()))
         return
     launch_alone()
     try:

@@ -20,6 +20,7 @@ from typing import Any
 from megacontext_megatron.argv import value_of
 from megacontext_megatron.config import ConfigError, ContextConfig, Settings
 from megacontext_megatron.pretrain import exit_with, prepare
+from megacontext_megatron.telemetry import names
 from megacontext_megatron.telemetry.report import EVALUATION_FILE
 
 FIXED_FLAGS = (
@@ -82,9 +83,13 @@ class Evaluation:
         return None if self.mixed is None or self.full is None else self.mixed - self.full
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields and both deltas."""
+        """Return all fields and both deltas, under their own names and under those of telemetry.names."""
         deltas = {"advantage_delta": self.advantage_delta, "substitution_delta": self.substitution_delta}
-        return {**dataclasses.asdict(self), **deltas}
+        metrics = {
+            names.ADVANTAGE.at(): self.advantage_delta,
+            names.SUBSTITUTION.at(H=self.horizon): self.substitution_delta,
+        }
+        return {**dataclasses.asdict(self), **deltas, **metrics}
 
 
 def contexts_to_evaluate(context: ContextConfig) -> dict[str, ContextConfig]:

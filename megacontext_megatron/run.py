@@ -54,6 +54,7 @@ def parse(
     settings = settings_from(args)
     check_data(args)
     set_global_variables(args)
+    check_end_of_document(args)
     check_checkpoint(args)
     return args, settings
 
@@ -86,6 +87,19 @@ def check_data(args: Namespace) -> None:
     for prefix in prefixes:
         check_indexed_dataset(prefix)
     check_tokenizer(prefixes, _training_tokenizer(args))
+
+
+def check_end_of_document(args: Namespace) -> None:
+    """Refuse requests that need an end-of-document token from a tokenizer that has none."""
+    from megatron.training import get_tokenizer
+
+    needs = {"--mc-eod-policy no-cross": args.mc_eod_policy == "no-cross", "--eod-mask-loss": args.eod_mask_loss}
+    for flag, asked in needs.items():
+        if asked and getattr(get_tokenizer(), "eod", None) is None:
+            raise ConfigError(
+                f"{flag} needs an end-of-document token, and the tokenizer of --tokenizer-model "
+                f"{args.tokenizer_model} has none: give a folder whose tokenizer_config.json sets eos_token."
+            )
 
 
 def _training_tokenizer(args: Namespace) -> TrainingTokenizer:

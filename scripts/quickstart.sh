@@ -34,11 +34,12 @@ model=(
   --normalization RMSNorm --swiglu --disable-bias-linear
   --attention-dropout 0 --hidden-dropout 0
   --position-embedding-type gaussian_rope
-  # 512 rows stand for 3072 tokens: the newest 128 as they are, most of the others in gists. With
-  # fewer than 3072 no span of 1024 tokens is whole, and there would be no gist of level 2
-  --seq-length 512 --max-position-embeddings 512
+  # 256 rows stand for 3072 tokens: the newest 64 as they are, most of the others in gists. Shorter
+  # histories hold no whole span of 1024 tokens, and there would be no gist of level 2
+  --seq-length 256
   --megacontext --mc-source-length 3072 --mc-variants 2 --mc-block-size 32 --mc-max-level 2
-  --mc-recent-tokens 128 --mc-horizon 64
+  --mc-recent-tokens 64 --mc-horizon 64 --mc-level2-prob 0.3 --gaussian-rope-learnable-sigma level
+  --init-method-std 0.06
 )
 data=(
   --train-data-path 1.0 "${corpus}_train" --valid-data-path 1.0 "${corpus}_valid"
@@ -47,27 +48,26 @@ data=(
   --make-vocab-size-divisible-by 16
 )
 training=(
-  --micro-batch-size 4 --global-batch-size 8 --train-iters 200
-  --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20
-  --weight-decay 0.1 --clip-grad 1.0 --seed 1234
-  --log-interval 10 --eval-interval 100 --eval-iters 4
+  --micro-batch-size 8 --global-batch-size 16 --train-iters 300
+  --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --lr-warmup-iters 30
+  --weight-decay 0.1 --adam-beta2 0.98 --clip-grad 1.0 --seed 1234
+  --log-interval 10 --eval-interval 150 --eval-iters 2
   --tensorboard-dir "$run/tensorboard" --tensorboard-log-interval 1
-  --save "$run/checkpoints" --save-interval 100
+  --save "$run/checkpoints" --save-interval 150
 )
 
-mc_setup
+mc_setup analysis
 device=()
 if [[ " $* " == *" --cpu "* ]]; then
   device=(--cpu)
 elif mc_has_gpu; then
-  # Transformer Engine is optional; its stand-in lacks Apex's fused kernels
-  model+=(--bf16)
-  if ! "$(mc_python)" -c 'import transformer_engine.pytorch' 2>/dev/null; then
-    model+=(--transformer-impl local --no-persist-layer-norm
-      --no-gradient-accumulation-fusion --no-masked-softmax-fusion)
-  fi
+  model+=(--bf16 --transformer-impl local)
   # one process is enough for a model of this size
   export NPROC_PER_NODE=${NPROC_PER_NODE:-1}
+fi
+if [[ -z ${NPROC_PER_NODE:-} ]]; then
+  # without a GPU: two data-parallel processes of one thread each beat one process of two threads
+  export NPROC_PER_NODE=$(($(nproc) > 1 ? 2 : 1))
 fi
 
 "$(mc_python)" -m megacontext_megatron.data.corpus --input stdlib --output-prefix "$corpus" \
@@ -77,5 +77,5 @@ fresh_folder "$run/tensorboard"
 bash scripts/train.sh "${model[@]}" "${data[@]}" "${training[@]}" "$@"
 # the model and the data are those that the checkpoint records
 MC_MODULE=megacontext_megatron.evaluate bash scripts/train.sh --load "$run/checkpoints" \
-  "${device[@]}"
-"$(mc_python)" -m megacontext_megatron.telemetry.report "$run"
+  --micro-batch-size 2 --mc-eval-samples 32 --mc-eval-bigram "${device[@]}"
+"$(mc_python)" -m megacontext_megatron.telemetry.report "$run/checkpoints"

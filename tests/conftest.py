@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -10,6 +11,9 @@ import pytest
 from tests import zygote_client
 from tests.corpus import write_corpus
 from tests.launch import call
+
+if TYPE_CHECKING:
+    from tests.parity import References
 
 MARKERS = {
     "full": "slow layouts: only with --full",
@@ -60,3 +64,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     call(write_corpus, {"prefix": str(folder / "stdlib")}, workdir=folder).check()
     return folder / "stdlib"
+
+
+@pytest.fixture(scope="session")
+def references(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> "References":
+    """The one-process runs that layouts are compared with, each made when it is first needed."""
+    from tests.parity import References
+
+    return References(corpus, tmp_path_factory.mktemp("references"))

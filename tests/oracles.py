@@ -51,7 +51,8 @@ def normal_expectation(omega: ArrayLike, mu: ArrayLike, sigma: ArrayLike) -> Com
 def uniform_expectation(omega: ArrayLike, start: int, width: int) -> Complexes:
     """Return E[exp(i omega x)] for x drawn evenly from the tokens start .. start + width - 1, as the plain mean."""
     places = np.arange(start, start + width, dtype=np.float64)
-    return np.exp(1j * np.asarray(omega, dtype=np.float64)[..., None] * places).mean(axis=-1)
+    turns: Complexes = np.exp(1j * np.asarray(omega, dtype=np.float64)[..., None] * places)
+    return turns.sum(axis=-1) / width
 
 
 def as_complex(x: ArrayLike, count: int, *, interleaved: bool) -> tuple[Complexes, Floats]:

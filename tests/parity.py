@@ -28,7 +28,7 @@ Flags = Mapping[str, Any]
 
 MIXED: Flags = {
     "megacontext": True,
-    "mc_source_length": 1024,
+    "mc_source_length": 512,
     "mc_block_size": 8,
     "mc_variants": 2,
     "mc_recent_tokens": 32,
@@ -39,7 +39,7 @@ MIXED: Flags = {
     "global_batch_size": 16,
     "lr_decay_iters": STEPS,
 }
-"""128 rows of levels 0 to 2 over 1024 tokens; eight micro-batches a step, twice the stages of the deepest pipeline."""
+"""128 rows of levels 0 to 2 over 512 tokens; eight micro-batches a step, twice the stages of the deepest pipeline."""
 
 LEVEL: Flags = {"gaussian_rope_learnable_sigma": "level"}
 

@@ -17,9 +17,7 @@ from megacontext_megatron.attention.self_attention import SpanSelfAttention
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 
 
-def decoder_block_spec(
-    config: MegaContextTransformerConfig, vp_stage: int | None = None
-) -> TransformerBlockSubmodules:
+def decoder_block_spec(config: MegaContextTransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Return the spec of this stage's layers for the settings that `config` carries."""
     use_te = config.transformer_impl == "transformer_engine"
     spec = get_gpt_decoder_block_spec(

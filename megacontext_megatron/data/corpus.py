@@ -101,9 +101,7 @@ def build_corpus(settings: CorpusSettings) -> bool:
         ConfigError: the input or the tokenizer cannot be used, nothing is left to write, or a
             different data set exists and `overwrite` is off.
     """
-    tokenizer = load_tokenizer(
-        settings.tokenizer, settings.eod_token, append_eod=settings.append_eod
-    )
+    tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token, append_eod=settings.append_eod)
     files = find_files(settings.inputs, settings.suffixes)
     inputs_sha256 = _hash_inputs(files, tokenizer.record, settings)
     if all(_is_up_to_date(prefix, inputs_sha256) for prefix in settings.prefixes):
@@ -145,9 +143,7 @@ def _move(source: str, destination: str) -> None:
         os.replace(old, new)
 
 
-def _hash_inputs(
-    files: Iterable[SourceFile], record: TokenizerRecord, settings: CorpusSettings
-) -> str:
+def _hash_inputs(files: Iterable[SourceFile], record: TokenizerRecord, settings: CorpusSettings) -> str:
     described = {
         "format_version": FORMAT_VERSION,
         "tokenizer": asdict(record),
@@ -167,10 +163,7 @@ def _is_up_to_date(prefix: str, inputs_sha256: str) -> bool:
         if manifest is None or manifest.inputs_sha256 != inputs_sha256:
             return False
         check_indexed_dataset(prefix)
-        return (
-            file_sha256(index_path) == manifest.idx_sha256
-            and file_sha256(data_path) == manifest.bin_sha256
-        )
+        return file_sha256(index_path) == manifest.idx_sha256 and file_sha256(data_path) == manifest.bin_sha256
     except ConfigError:
         return False
 

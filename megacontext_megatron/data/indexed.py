@@ -66,10 +66,7 @@ def check_indexed_dataset(prefix: str) -> None:
     except OSError as error:
         raise ConfigError(f"{index_path} cannot be read ({error.strerror})") from error
     if present < needed:
-        raise ConfigError(
-            f"{data_path} is truncated: {index_path} says {needed} bytes, it holds {present}; "
-            f"{_REBUILD}"
-        )
+        raise ConfigError(f"{data_path} is truncated: {index_path} says {needed} bytes, it holds {present}; {_REBUILD}")
 
 
 def _existing_file(prefix: str, suffix: str) -> Path:
@@ -112,23 +109,15 @@ def _parse_header(path: Path, raw: bytes) -> _Header:
         raise ConfigError(f"{path} is truncated inside its header; {_REBUILD}")
     _, version, code, sequences, boundaries = _HEADER.unpack(raw)
     if version != _VERSION:
-        raise ConfigError(
-            f"{path} has index version {version}, only {_VERSION} can be read; {_REBUILD}"
-        )
+        raise ConfigError(f"{path} has index version {version}, only {_VERSION} can be read; {_REBUILD}")
     if code not in _TOKEN_BYTES_BY_CODE:
         raise ConfigError(f"{path} names the unknown token dtype code {code}; {_REBUILD}")
-    return _Header(
-        token_bytes=_TOKEN_BYTES_BY_CODE[code], sequences=sequences, boundaries=boundaries
-    )
+    return _Header(token_bytes=_TOKEN_BYTES_BY_CODE[code], sequences=sequences, boundaries=boundaries)
 
 
 def _check_size(path: Path, header: _Header, size: int) -> None:
     expected = header.total_bytes
     if size < expected:
-        raise ConfigError(
-            f"{path} is truncated: its counts need {expected} bytes, it holds {size}; {_REBUILD}"
-        )
+        raise ConfigError(f"{path} is truncated: its counts need {expected} bytes, it holds {size}; {_REBUILD}")
     if size not in (expected, expected + header.sequences * _MODE_BYTES):
-        raise ConfigError(
-            f"{path} is corrupt: its counts need {expected} bytes, it holds {size}; {_REBUILD}"
-        )
+        raise ConfigError(f"{path} is corrupt: its counts need {expected} bytes, it holds {size}; {_REBUILD}")

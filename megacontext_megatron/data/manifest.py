@@ -120,8 +120,7 @@ def read_manifest(prefix: str) -> Manifest | None:
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
         raise ConfigError(
-            f"{path} has format version {version}, this release reads {FORMAT_VERSION}; "
-            "build the data set again"
+            f"{path} has format version {version}, this release reads {FORMAT_VERSION}; build the data set again"
         )
     tokenizer = TokenizerRecord(**_typed_fields(path, TokenizerRecord, raw.get("tokenizer")))
     return Manifest(**{**_typed_fields(path, Manifest, raw), "tokenizer": tokenizer})
@@ -154,9 +153,7 @@ def find_tokenizer_json(model: str | None, flag: str) -> Path:
     if path is not None and path.is_dir():
         path = path / "tokenizer.json"
     if path is None or not path.is_file():
-        raise ConfigError(
-            f"{flag} {model or '(not given)'} must be a tokenizer.json or a folder that holds one"
-        )
+        raise ConfigError(f"{flag} {model or '(not given)'} must be a tokenizer.json or a folder that holds one")
     return path
 
 
@@ -201,9 +198,7 @@ def _check_describes_index(prefix: str, manifest: Manifest) -> None:
 
 def _describe(record: TokenizerRecord) -> str:
     digest = f" with sha256 {record.sha256[:12]}" if record.sha256 else ""
-    return (
-        f"the {record.kind} tokenizer{digest} (vocabulary {record.vocab_size}, EOD {record.eod_id})"
-    )
+    return f"the {record.kind} tokenizer{digest} (vocabulary {record.vocab_size}, EOD {record.eod_id})"
 
 
 def _check_byte(prefix: str, record: TokenizerRecord, run: TrainingTokenizer) -> None:

@@ -90,19 +90,13 @@ def _files_of(name: str, suffixes: Sequence[str] | None) -> list[SourceFile]:
         if path.suffix.lower() in wanted and path.is_file()
     ]
     if not files:
-        raise ConfigError(
-            f"--input {name}: no file below {root} ends in {' '.join(wanted)}; see --suffixes"
-        )
+        raise ConfigError(f"--input {name}: no file below {root} ends in {' '.join(wanted)}; see --suffixes")
     return sorted(files, key=lambda source: source.name)
 
 
 def _walk(root: Path) -> Iterator[Path]:
     for folder, children, names in os.walk(root):
-        children[:] = [
-            child
-            for child in children
-            if not child.startswith(".") and child not in _FOREIGN_FOLDERS
-        ]
+        children[:] = [child for child in children if not child.startswith(".") and child not in _FOREIGN_FOLDERS]
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 

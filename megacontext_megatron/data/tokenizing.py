@@ -37,9 +37,7 @@ class CorpusTokenizer(Protocol):
 class ByteTokenizer:
     """Every byte is its own id, so any file is text; EOD is 256."""
 
-    record = TokenizerRecord(
-        kind="byte", sha256=None, vocab_size=BYTE_VOCAB_SIZE, eod_id=BYTE_EOD_ID
-    )
+    record = TokenizerRecord(kind="byte", sha256=None, vocab_size=BYTE_VOCAB_SIZE, eod_id=BYTE_EOD_ID)
 
     def encode(self, texts: Sequence[bytes]) -> list[NDArray[np.integer] | None]:
         """Return the bytes of each text, uint8 [length]."""
@@ -84,14 +82,9 @@ class HuggingFaceTokenizer:
         """Return the ids of each text, int64 [length]; None for a text that is not UTF-8."""
         decoded = [_decode(text) for text in texts]
         encodings = iter(
-            self._tokenizer.encode_batch_fast(
-                [text for text in decoded if text is not None], add_special_tokens=False
-            )
+            self._tokenizer.encode_batch_fast([text for text in decoded if text is not None], add_special_tokens=False)
         )
-        return [
-            None if text is None else np.array(next(encodings).ids, dtype=np.int64)
-            for text in decoded
-        ]
+        return [None if text is None else np.array(next(encodings).ids, dtype=np.int64) for text in decoded]
 
 
 def load_tokenizer(name: str, eod_token: str | None, *, append_eod: bool) -> CorpusTokenizer:
@@ -119,18 +112,14 @@ def _decode(text: bytes) -> str | None:
         return None
 
 
-def _find_eod_id(
-    path: Path, vocabulary: dict[str, int], eod_token: str | None, *, needs_eod: bool
-) -> int | None:
+def _find_eod_id(path: Path, vocabulary: dict[str, int], eod_token: str | None, *, needs_eod: bool) -> int | None:
     if eod_token is not None and eod_token not in vocabulary:
         raise ConfigError(f"--eod-token {eod_token} is not in the vocabulary of {path}")
     for token in (eod_token, _configured_eos_token(path), _DEFAULT_EOD_TOKEN):
         if token in vocabulary:
             return vocabulary[token]
     if needs_eod:
-        raise ConfigError(
-            f"{path} names no end-of-document token: give one of its tokens with --eod-token"
-        )
+        raise ConfigError(f"{path} names no end-of-document token: give one of its tokens with --eod-token")
     return None
 
 

@@ -38,9 +38,7 @@ class MegaContextGPTModel(GPTModel):
         """Return the loss of each row [b, s] where `labels` are given, else logits; as GPTModel does."""
         decoder_input = self.assemble(input_ids, spans) if self.pre_process else None
         with self.rotary_pos_emb.carrying(spans):
-            return super().forward(
-                input_ids=input_ids, position_ids=None, decoder_input=decoder_input, **kwargs
-            )
+            return super().forward(input_ids=input_ids, position_ids=None, decoder_input=decoder_input, **kwargs)
 
     def assemble(self, input_ids: Tensor | None, spans: SpanMetadata) -> Tensor:
         """Return the decoder's input rows, [s, b, h], or this rank's part of them under sequence parallelism."""

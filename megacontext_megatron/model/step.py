@@ -85,9 +85,7 @@ class ForwardStep:
         start, level = (slice_rows(rows, size, rank) for rows in (batch.start, batch.level))
         return SpanMetadata.of_nodes(start, level, self.settings.context.block_size)
 
-    def _run(
-        self, model: torch.nn.Module, batch: Batch, spans: SpanMetadata, targets: Targets | None
-    ) -> Tensor:
+    def _run(self, model: torch.nn.Module, batch: Batch, spans: SpanMetadata, targets: Targets | None) -> Tensor:
         common = {
             "attention_mask": self._mask(batch.start.shape[1], batch.start.device) if self.needs_mask else None,
             "labels": None if targets is None else targets.labels,

@@ -60,9 +60,7 @@ def rotary_frequencies(config: RotaryConfig) -> RotaryFrequencies:
     scale = 1.0 / config.interpolation if config.interpolation else 1.0
     omega = stock.inv_freq * scale
     high, low = turns_per_half_token(omega)
-    return RotaryFrequencies(
-        omega=omega, turns_high=high, turns_low=low, unscaled=stock.inv_freq, position_scale=scale
-    )
+    return RotaryFrequencies(omega=omega, turns_high=high, turns_low=low, unscaled=stock.inv_freq, position_scale=scale)
 
 
 def turns_per_half_token(omega: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,11 @@ REGISTRY = {
                 name=name,
                 code="Megatron",
                 supported=_TRAINING,
-                backends=("local: dense", "local with CP: dense, gathered keys", "transformer_engine: Megatron's"),
+                backends=(
+                    "local: dense",
+                    "local with CP: dense, gathered keys",
+                    "transformer_engine: Megatron's (not tested here)",
+                ),
             )
             for name in ("rope", "learned_absolute", "none")
         ),

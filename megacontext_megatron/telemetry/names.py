@@ -59,3 +59,10 @@ TABLE = (
     SIGMA_HISTOGRAM,
     SIGMA_MEAN,
 )
+
+
+def metric_table() -> str:
+    """Return the metrics as a Markdown table."""
+    lines = ["| metric | unit | meaning |", "|---|---|---|"]
+    lines += [f"| `{metric.name}` | {metric.unit} | {metric.meaning} |" for metric in TABLE]
+    return "\n".join(lines)

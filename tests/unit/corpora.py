@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -67,7 +69,7 @@ def write_bpe(folder: Path) -> Path:
     return path
 
 
-def build(source: Path | str, prefix: str, **settings: object) -> bool:
+def build(source: Path | str, prefix: str, **settings: Any) -> bool:
     """Build a corpus of one input."""
     return build_corpus(CorpusSettings(inputs=(str(source),), output_prefix=prefix, **settings))
 
@@ -77,7 +79,7 @@ def documents(prefix: str) -> list[list[int]]:
     dataset = IndexedDataset(prefix)
     boundaries = dataset.document_indices.tolist()
     assert boundaries == list(range(len(dataset) + 1))
-    return [dataset[i].tolist() for i in range(len(dataset))]
+    return [np.asarray(dataset[i]).tolist() for i in range(len(dataset))]
 
 
 def texts(prefix: str) -> list[bytes]:

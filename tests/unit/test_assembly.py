@@ -82,7 +82,9 @@ def every_node(context: ContextConfig) -> SpanMetadata:
     """Return one context [1, n] of every complete node of every level, in the order of the entry table."""
     k = context.block_size
     nodes = [
-        (n * k**level, level) for level in range(context.max_level + 1) for n in range(context.source_length // k**level)
+        (n * k**level, level)
+        for level in range(context.max_level + 1)
+        for n in range(context.source_length // k**level)
     ]
     start, level = torch.tensor(nodes).t().unsqueeze(1)
     return SpanMetadata.of_nodes(start, level, k)

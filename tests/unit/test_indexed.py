@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
@@ -24,14 +25,8 @@ def write_dataset(
     """Write documents of the given lengths with Megatron's builder and return the prefix."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype, multimodal=multimodal)
     for length in lengths:
-        tokens = np.arange(length) % 100
-        if multimodal:
-            builder.sequence_modes.append(0)
-            builder.data_file.write(tokens.astype(dtype).tobytes())
-            builder.sequence_lengths.append(length)
-            builder.end_document()
-        else:
-            builder.add_document(tokens, [length])
+        builder.add_item(torch.arange(length) % 100)
+        builder.end_document()
     builder.finalize(f"{prefix}.idx")
     return str(prefix)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.unit.corpora import build, write_tokenizer
 BYTE_RUN = TrainingTokenizer(tokenizer_type="NullTokenizer", vocab_size=320, eod_id=256)
 
 
-def build_named(tmp_path: Path, name: str, **settings: object) -> str:
+def build_named(tmp_path: Path, name: str, **settings: Any) -> str:
     """Build a data set of one short text and return its prefix."""
     text = tmp_path / "text.txt"
     text.write_text("some text")

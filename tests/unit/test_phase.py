@@ -86,9 +86,10 @@ def test_shifting_ruins_megatrons_phases():
 @pytest.mark.parametrize("offset", [0, 4095, 2**24 - 300])
 @pytest.mark.parametrize("percent", [1.0, 0.5, 0.4])
 @pytest.mark.parametrize("interpolation", [None, 2, 3])
-@pytest.mark.parametrize(("base", "llama3_factor"), [(10_000, None), (1_000_000, None), (500_000, 8.0)])
+@pytest.mark.parametrize("rule", [(10_000, None), (1_000_000, None), (500_000, 8.0)])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_megatron_phase_is_bit_equal_to_megatrons(offset, percent, interpolation, base, llama3_factor, interleaved):
+def test_megatron_phase_is_bit_equal_to_megatrons(offset, percent, interpolation, rule, interleaved):
+    base, llama3_factor = rule
     stock = RotaryEmbedding(
         64,
         percent,

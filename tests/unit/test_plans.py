@@ -212,9 +212,7 @@ def test_level2_probability_0_and_1_collapse_the_fewest_and_the_most(context: Co
 
 
 def test_level2_probability_is_the_share_of_collapsed_superblocks():
-    context = ContextConfig(
-        window=192, source_length=384, block_size=4, recent_tokens=16, horizon=8, level2_prob=0.25
-    )
+    context = ContextConfig(window=192, source_length=384, block_size=4, recent_tokens=16, horizon=8, level2_prob=0.25)
     supers, trials = len(free_nodes(context, 2, remainder(context))), 1000
     assert 5 * supers > context.merges > 5 * supers // 2, "the cap may bind, but only far above the mean"
     counts = np.array([len(gists(plan_rows(context, (1, 0, n, 0)), 2)) for n in range(trials)])
@@ -222,9 +220,7 @@ def test_level2_probability_is_the_share_of_collapsed_superblocks():
 
 
 def test_random_plan_prefers_no_block():
-    context = ContextConfig(
-        window=64, source_length=128, block_size=4, recent_tokens=16, horizon=8, level2_prob=0.0
-    )
+    context = ContextConfig(window=64, source_length=128, block_size=4, recent_tokens=16, horizon=8, level2_prob=0.0)
     blocks, trials = free_nodes(context, 1, remainder(context)), 2000
     seen = np.zeros(128)
     for sample in range(trials):

@@ -47,6 +47,7 @@ def test_huggingface_round_trip(folder: Path, prefix: str, tokenizer_json: Path)
     build(folder, prefix, tokenizer=str(tokenizer_json))
     tokenizer = Tokenizer.from_file(str(tokenizer_json))
     eod = tokenizer.token_to_id("<|endoftext|>")
+    assert eod is not None
     found = documents(prefix)
     assert [document.index(eod) for document in found] == [len(document) - 1 for document in found]
     decoded = [tokenizer.decode(document[:-1], skip_special_tokens=False) for document in found]
