@@ -141,7 +141,9 @@ REFUSALS = (
     ),
     Refusal(flag="--reset-position-ids", asked=_given("reset_position_ids"), why=_WHOLE_ROWS),
     Refusal(flag="--reset-attention-mask", asked=_given("reset_attention_mask"), why=_WHOLE_ROWS),
-    Refusal(flag="--inter-document-masking", asked=_given("inter_document_masking"), why=_WHOLE_ROWS),
+    Refusal(
+        flag="--dataloader-inter-document-masking", asked=_given("dataloader_inter_document_masking"), why=_WHOLE_ROWS
+    ),
     Refusal(flag="--sft", asked=_given("sft"), why="packed fine-tuning samples have no source tokens to collapse"),
     Refusal(flag="--fim-data", asked=_given("fim_data"), why="fill-in-the-middle reorders the tokens blocks stand for"),
     Refusal(flag="--perform-rl-step", asked=_given("perform_rl_step"), why="its samples are not working contexts"),
@@ -172,8 +174,10 @@ REFUSALS = (
     Refusal(flag="--experimental-attention-variant", asked=_given("experimental_attention_variant"), why=_ONE_MODEL),
     Refusal(flag="--spec", asked=_given("spec"), why="the plugin builds the layer spec itself"),
     Refusal(flag="--qk-l2-norm", asked=_given("qk_l2_norm"), why="the plugin builds the layer spec itself"),
-    Refusal(flag="--use-kitchen", asked=_given("use_kitchen"), why="the plugin builds the layer spec itself"),
-    Refusal(flag="--yaml-cfg", asked=_given("yaml_cfg"), why="it bypasses the flags that the plugin checks"),
+    *(
+        Refusal(flag=f"--{name.replace('_', '-')}", asked=_given(name), why="the plugin builds the layer spec itself")
+        for name in ("kitchen_config_file", "kitchen_recipe_number", "use_kitchen_attention")
+    ),
     Refusal(flag="--flash-decode", asked=_given("flash_decode"), why="its kernel rotates keys by their slot"),
     Refusal(
         flag="--fused-single-qkv-rope",
@@ -205,7 +209,7 @@ SPAN_REFUSALS = (
     ),
     Refusal(
         flag="--apply-layernorm-1p",
-        asked=_given("apply_layernorm_1p"),
+        asked=_given("layernorm_zero_centered_gamma"),
         why="the norms of --transformer-impl local have no zero-centred weights",
     ),
 )
@@ -331,7 +335,6 @@ def settings_from(args: Namespace) -> Settings:
     """Return the settings of arguments that Megatron has validated; raises ConfigError naming flags that do not fit."""
     context = context_config(args)
     gaussian = gaussian_config(args, context)
-    _check_divisions(args, context)
     return Settings(
         encoding=args.mc_encoding or args.position_embedding_type,
         rotary=RotaryConfig(
@@ -350,11 +353,14 @@ def settings_from(args: Namespace) -> Settings:
     )
 
 
-def _check_divisions(args: Namespace, context: ContextConfig) -> None:
-    """Refuse micro-batches that split a raw sample's variants, and rows that CP or TP cannot share out."""
+def check_divisions(args: Namespace, context: ContextConfig) -> None:
+    """Refuse micro-batches that split a raw sample's variants, and rows that CP or TP cannot share out.
+
+    Reads arguments as they were typed, because Megatron's validation asserts some of this.  Raises ConfigError.
+    """
     for flag in ("micro_batch_size", "eval_micro_batch_size"):
         size = getattr(args, flag)
-        if size % context.variants:
+        if size is not None and size % context.variants:
             raise ConfigError(
                 f"--{flag.replace('_', '-')} {size} must be a multiple of --mc-variants {context.variants}: a "
                 "micro-batch holds all variants of its raw samples."
@@ -368,7 +374,7 @@ def _check_divisions(args: Namespace, context: ContextConfig) -> None:
             f"--sequence-parallel over --tensor-model-parallel-size {tp} need."
         )
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    if args.mc_encoding is not None and groups % args.tensor_model_parallel_size:
+    if args.mc_encoding is not None and groups is not None and groups % args.tensor_model_parallel_size:
         raise ConfigError(
             f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size "
             f"{args.tensor_model_parallel_size}."

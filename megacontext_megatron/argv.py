@@ -17,6 +17,7 @@ STOCK_ENCODINGS = ("learned_absolute", "rope", "none")
 UNSUPPORTED_STOCK = ("mrope", "relative", "yarn")
 
 CPU_FLAG = "--cpu"
+YAML_FLAG = "--yaml-cfg"
 
 LOCAL_FLAGS = (
     "--no-gradient-accumulation-fusion",
@@ -49,15 +50,21 @@ CPU_ENVIRONMENT = {
 _OWN_PREFIXES = ("--mc-", "--gaussian-rope-", "--megacontext")
 
 
-def value_of(argv: Sequence[str], flag: str) -> str | None:
-    """Return the value a flag has on a command line, None if absent; the last one wins, as in argparse."""
-    found = None
+def values_of(argv: Sequence[str], flag: str) -> list[str]:
+    """Return every value a flag is given on a command line, in order."""
+    found = []
     for place, word in enumerate(argv):
         if word == flag and place + 1 < len(argv):
-            found = argv[place + 1]
+            found.append(argv[place + 1])
         elif word.startswith(flag + "="):
-            found = word.removeprefix(flag + "=")
+            found.append(word.removeprefix(flag + "="))
     return found
+
+
+def value_of(argv: Sequence[str], flag: str) -> str | None:
+    """Return the value a flag has on a command line, None if absent; the last one wins, as in argparse."""
+    found = values_of(argv, flag)
+    return found[-1] if found else None
 
 
 def wants_plugin(argv: Sequence[str]) -> bool:
@@ -70,21 +77,18 @@ def normalised(argv: Sequence[str]) -> list[str]:
     """Return a command line that every one of Megatron's parsers accepts; the same for a line already normalised.
 
     Our encodings become `rope` with the real name kept in `--mc-encoding`, and `--cpu` and `--transformer-impl
-    local` bring the flags they need.  Raises ConfigError for an unknown encoding.
+    local` bring the flags they need.  Raises ConfigError for an unknown encoding, and for `--yaml-cfg`, which Megatron
+    reads while it parses.
     """
     words = list(argv)
+    if value_of(words, YAML_FLAG) is not None:
+        raise ConfigError(f"{YAML_FLAG} is not supported: it bypasses the flags that the plugin checks; give flags.")
+    for encoding in values_of(words, ENCODING_FLAG):
+        _check_encoding(encoding)
     encoding = value_of(words, ENCODING_FLAG)
+    words = [_renamed(word, words[place - 1] if place else "") for place, word in enumerate(words)]
     if encoding in ENCODINGS:
-        words = [*_replaced(words, encoding, "rope"), REAL_ENCODING_FLAG, encoding]
-    elif encoding in UNSUPPORTED_STOCK:
-        raise ConfigError(
-            f"{ENCODING_FLAG} {encoding} is not supported by this command: use Megatron's own pretrain_gpt.py for "
-            f"it, or one of {', '.join((*STOCK_ENCODINGS, *ENCODINGS))}."
-        )
-    elif encoding is not None and encoding not in STOCK_ENCODINGS:
-        raise ConfigError(
-            f"{ENCODING_FLAG} {encoding} is unknown: choose one of {', '.join((*STOCK_ENCODINGS, *ENCODINGS))}."
-        )
+        words += [REAL_ENCODING_FLAG, encoding]
     if CPU_FLAG in words:
         words += _missing(words, CPU_FLAGS)
     if value_of(words, "--transformer-impl") == "local":
@@ -99,14 +103,23 @@ def prepare_environment(argv: Sequence[str]) -> None:
             os.environ.setdefault(name, value)
 
 
-def _replaced(words: Sequence[str], old: str, new: str) -> list[str]:
-    out = list(words)
-    for place, word in enumerate(out):
-        if word == f"{ENCODING_FLAG}={old}":
-            out[place] = f"{ENCODING_FLAG}={new}"
-        elif word == old and place and out[place - 1] == ENCODING_FLAG:
-            out[place] = new
-    return out
+def _check_encoding(encoding: str) -> None:
+    known = ", ".join((*STOCK_ENCODINGS, *ENCODINGS))
+    if encoding in UNSUPPORTED_STOCK:
+        raise ConfigError(
+            f"{ENCODING_FLAG} {encoding} is not supported by this command: use Megatron's own pretrain_gpt.py for "
+            f"it, or one of {known}."
+        )
+    if encoding not in (*STOCK_ENCODINGS, *ENCODINGS):
+        raise ConfigError(f"{ENCODING_FLAG} {encoding} is unknown: choose one of {known}.")
+
+
+def _renamed(word: str, before: str) -> str:
+    """Return `rope` for one of our encodings where it is the value of the encoding flag, else the word itself."""
+    flag, separator, value = word.partition("=")
+    if flag == ENCODING_FLAG and value in ENCODINGS:
+        return flag + separator + "rope"
+    return "rope" if before == ENCODING_FLAG and word in ENCODINGS else word
 
 
 def _missing(words: Sequence[str], flags: Sequence[str]) -> list[str]:

@@ -74,15 +74,22 @@ class ContextConfig:
 
     def __post_init__(self) -> None:
         """Refuse shapes that no plan can satisfy."""
-        if self.plan == "recency" and self.source_length == self.window:
-            return
         self._check_lengths()
         self._check_reachable()
 
     @classmethod
     def tokens_only(cls, window: int) -> ContextConfig:
-        """Return the context of a run without `--megacontext`: every row is a token."""
-        return cls(window=window, source_length=window, plan="recency", horizon=min(64, window))
+        """Return the context of a run without `--megacontext`: every row is a token, the window one block."""
+        last = min(64, window)
+        return cls(
+            window=window,
+            source_length=window,
+            block_size=window,
+            max_level=1,
+            recent_tokens=last,
+            horizon=last,
+            plan="recency",
+        )
 
     def _check_lengths(self) -> None:
         k, c, w = self.block_size, self.source_length, self.window

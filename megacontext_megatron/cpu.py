@@ -20,7 +20,7 @@ _MARK = "_megacontext_cpu"
 
 
 def _is_cuda(device: Any) -> bool:
-    return device is not None and not isinstance(device, int) and str(device).startswith("cuda")
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
 
 class CudaMeansCpu(TorchFunctionMode):

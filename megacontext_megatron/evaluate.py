@@ -130,10 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megacontext_megatron.run import parse
 
         args, settings = parse(add_evaluation_arguments, FROM_CHECKPOINT)
+        evaluation = evaluate(args, settings)
     except ConfigError as error:
         exit_with(error)
         return
-    evaluation = evaluate(args, settings)
     if args.rank == 0:
         path = Path(args.load) / EVALUATION_FILE
         path.write_text(json.dumps(evaluation.as_dict(), indent=1) + "\n")
@@ -183,7 +183,7 @@ def held_out(args: argparse.Namespace, settings: Settings) -> Any:
     sizes = [1, args.mc_eval_samples, 1]
     valid = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()[1]
     if valid is None:
-        raise SystemExit("error: there is no held-out data: give --valid-data-path, or a --split with a second part.")
+        raise ConfigError("there is no held-out data: give --valid-data-path, or a --split with a second part.")
     return valid
 
 
@@ -201,8 +201,8 @@ def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any
     size, ranks = args.micro_batch_size, mpu.get_data_parallel_world_size()
     steps = args.mc_eval_samples // (size * ranks)
     if steps == 0:
-        raise SystemExit(
-            f"error: --mc-eval-samples {args.mc_eval_samples} is less than one micro-batch on each of {ranks} "
+        raise ConfigError(
+            f"--mc-eval-samples {args.mc_eval_samples} is less than one micro-batch on each of {ranks} "
             f"data-parallel ranks ({size * ranks} samples)."
         )
     for chunk in model:

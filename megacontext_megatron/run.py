@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from megacontext_megatron.arguments import add_arguments, context_config, refuse_unsupported, settings_from
+from megacontext_megatron.arguments import (
+    add_arguments,
+    check_divisions,
+    context_config,
+    refuse_unsupported,
+    settings_from,
+)
 from megacontext_megatron.attention.layer_spec import resolved_layers
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 from megacontext_megatron.config import ConfigError, Settings
@@ -37,7 +43,7 @@ def parse(
     """
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.checkpointing import load_args_from_checkpoint
-    from megatron.training.global_vars import set_global_variables
+    from megatron.training.global_vars import rebuild_tokenizer, set_global_variables
 
     args = parse_args(lambda parser: add_arguments(add_more(parser) if add_more else parser))
     require_checkpoint(args)
@@ -46,16 +52,19 @@ def parse(
         load_args_from_checkpoint(args)
         restore_settings(args, from_checkpoint, _typed)
     refuse_unsupported(args)
-    if args.seq_length is not None:
-        context_config(args)
+    if args.seq_length is None:
+        raise ConfigError("--seq-length is needed: the rows of a context.")
+    check_divisions(args, context_config(args))
     if args.mc_encoding is not None:
         _seam_defaults(args)
     validate_args(args, {})
     settings = settings_from(args)
     check_data(args)
-    set_global_variables(args)
+    # Writers make their folders, so they come after the last refusal; two checks need the tokenizer.
+    rebuild_tokenizer(args)
     check_end_of_document(args)
     check_checkpoint(args)
+    set_global_variables(args, build_tokenizer=False)
     return args, settings
 
 

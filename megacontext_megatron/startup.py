@@ -5,6 +5,8 @@ Idempotent, and reported by the doctor.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +16,13 @@ _MARK = "_megacontext_adapted"
 
 def install() -> list[str]:
     """Adapt the wheel where it needs it; returns one sentence for each adaptation that is in place."""
-    return [said for said in (_skip_helper_build(), _repair_distributed_optimizer()) if said]
+    parts = (
+        _skip_helper_build,
+        _repair_distributed_optimizer,
+        _repair_distributed_order,
+        _repair_half_precision_optimizer,
+    )
+    return [said for said in (part() for part in parts) if said]
 
 
 def _skip_helper_build() -> str:
@@ -76,4 +84,66 @@ def _repair_distributed_optimizer() -> str:
     DistributedOptimizer.load_state_dict = with_own_steps
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
     setattr(DistributedOptimizer, _MARK, True)
+    return said
+
+
+def _repair_distributed_order() -> str:
+    """Let the distributed optimizer find the states of parameters that stayed in fp32 among half-precision ones.
+
+    It hands each group to the inner optimizer with the fp32 parameters first, but remembers their places as if the
+    order had not changed, so that checkpoints would hold other parameters' states.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    said = "distributed optimizer: parameters kept in fp32 are saved and loaded with the others"
+    build = DistributedOptimizer._build_optimizer_group_ranges
+    if hasattr(build, _MARK):
+        return said
+
+    def in_the_order_used(param_groups: Any, gbuf_ranges: Any) -> Any:
+        places, ranges = build(param_groups, gbuf_ranges)
+        for group, group_range in enumerate(ranges):
+            group_range["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)
+            places.update({parameter: (group, place) for place, parameter in enumerate(group_range["params"])})
+        return places, ranges
+
+    setattr(in_the_order_used, _MARK, True)
+    DistributedOptimizer._build_optimizer_group_ranges = staticmethod(in_the_order_used)
+    return said
+
+
+def _repair_half_precision_optimizer() -> str:
+    """Let the half-precision optimizer save and load parameters that stayed in fp32.
+
+    It numbers the parameters of a checkpoint as if all of them were half precision, so that with fp32 ones among them
+    the states of different parameters are mixed up.  While it saves or loads, its list of half-precision parameters
+    is made to hold every parameter in the optimizer's order.
+    """
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as Optimizer
+
+    said = "half-precision optimizer: parameters kept in fp32 are saved and loaded with the others"
+    if hasattr(Optimizer, _MARK):
+        return said
+
+    def with_every_parameter(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.is_stub_optimizer or not any(self.fp32_from_fp32_groups):
+                return method(self, *args, **kwargs)
+            half, main = self.float16_groups, self.fp32_from_float16_groups
+            model_of = {
+                id(m): p for mains, halves in zip(main, half, strict=True) for m, p in zip(mains, halves, strict=True)
+            }
+            self.fp32_from_float16_groups = [list(group["params"]) for group in self.optimizer.param_groups]
+            self.float16_groups = [[model_of.get(id(p), p) for p in group] for group in self.fp32_from_float16_groups]
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self.float16_groups, self.fp32_from_float16_groups = half, main
+
+        return wrapped
+
+    Optimizer.sharded_state_dict = with_every_parameter(Optimizer.sharded_state_dict)
+    Optimizer.load_state_dict = with_every_parameter(Optimizer.load_state_dict)
+    setattr(Optimizer, _MARK, True)
     return said

@@ -13,6 +13,7 @@ from tests.corpus import write_corpus
 from tests.launch import call
 
 if TYPE_CHECKING:
+    from tests.launch import TrainResult
     from tests.parity import References
 
 MARKERS = {
@@ -72,3 +73,12 @@ def references(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> "Refer
     from tests.parity import References
 
     return References(corpus, tmp_path_factory.mktemp("references"))
+
+
+@pytest.fixture(scope="session")
+def small_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> "TrainResult":
+    """Return the small run, uninterrupted, with checkpoints at its middle and its end."""
+    from tests.small import small_training
+
+    folder = tmp_path_factory.mktemp("small")
+    return small_training(corpus, folder, fresh=True, save=folder / "checkpoints").check()

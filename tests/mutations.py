@@ -75,7 +75,9 @@ def latest_plan() -> None:
         latest[:] = [spans.pack()]
         return spans
 
-    def read_late(self: SpanSelfAttention, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any, **kwargs: Any) -> Any:
+    def read_late(
+        self: SpanSelfAttention, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any, **kwargs: Any
+    ) -> Any:
         return real(self, hidden_states, *args, rotary_pos_emb=latest[0], **kwargs)
 
     _carry(keep)

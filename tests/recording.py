@@ -36,15 +36,27 @@ def plans() -> Callable[[], list[str]]:
 
 def gradients() -> Callable[[], list[dict[str, str]]]:
     """Record a hash of every parameter's final gradient, by name, for every step."""
+    return _final_gradients(lambda parameters: {name: digest(p.main_grad) for name, p in parameters.items()})
+
+
+def positional_gradients() -> Callable[[], list[dict[str, list[float]]]]:
+    """Record the final gradients of all positional parameters, by name, for every step."""
+    names = ("sigma_scale.log_scale", "log_width_bias.factor")
+    return _final_gradients(
+        lambda parameters: {name: p.main_grad.tolist() for name, p in parameters.items() if name.endswith(names)}
+    )
+
+
+def _final_gradients(read: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[], list[dict[str, Any]]]:
     import megatron.core.distributed as distributed
 
-    seen: list[dict[str, str]] = []
+    seen: list[dict[str, Any]] = []
     real = distributed.finalize_model_grads
 
     def record(model: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
         real(model, *args, **kwargs)
-        assert len(model) == 1
-        seen.append({name: digest(parameter.main_grad) for name, parameter in model[0].named_parameters()})
+        [stage] = model
+        seen.append(read(dict(stage.named_parameters())))
 
     distributed.finalize_model_grads = record
     return lambda: seen

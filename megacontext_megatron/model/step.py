@@ -112,6 +112,7 @@ class ForwardStep:
             total = (losses.float() * targets.mask).sum()
             count = targets.mask.sum()
             report = {"lm loss": torch.stack([total.detach(), count])}
+            total, count = _over_context_parallel(total, count)
             sums = row_sums(losses, targets, spans, context)
             if not training:
                 report |= evaluation_report(sums, context)
@@ -120,3 +121,16 @@ class ForwardStep:
             return total, count.to(torch.int), report
 
         return loss_function
+
+
+def _over_context_parallel(total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a sum and count whose ratio, averaged over context-parallel ranks, is the mean over all their rows.
+
+    Megatron divides by the count it is given and averages over the ranks, which weighs rows unequally where masks
+    leave the ranks different numbers of rows.
+    """
+    size = mpu.get_context_parallel_world_size()
+    if size == 1:
+        return total, count
+    torch.distributed.all_reduce(count := count.clone(), group=mpu.get_context_parallel_group())
+    return total * size, count

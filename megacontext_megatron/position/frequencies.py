@@ -44,6 +44,7 @@ class RotaryFrequencies:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def rotary_frequencies(config: RotaryConfig) -> RotaryFrequencies:
     """Return the frequencies Megatron's RotaryEmbedding would use for `config`, on the CPU."""
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -75,7 +76,7 @@ def turns_per_half_token(omega: Tensor) -> tuple[Tensor, Tensor]:
             whole = int(mpmath.floor(units))
             high.append(whole - 2**_WORD if whole >= 2 ** (_WORD - 1) else whole)
             low.append(float(units - whole))
-    return torch.tensor(high, dtype=torch.int64), torch.tensor(low, dtype=torch.float64)
+    return torch.tensor(high, dtype=torch.int64, device="cpu"), torch.tensor(low, dtype=torch.float64, device="cpu")
 
 
 def wavelengths(frequencies: RotaryFrequencies) -> Tensor:

@@ -8,6 +8,7 @@ multiply, so both are finished before core attention.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,31 @@ from megacontext_megatron.spans.metadata import SpanMetadata, base_sigma
 LOG_SCALE_LIMIT = math.log(8.0)
 """A learned scale stays within a factor of 8 of the rule's sigma."""
 
+GREATEST_GAIN = 2.0**15
+"""Renormalisation gives back at most this factor, which every half-precision type holds: a row of which damping leaves
+nothing stays at nothing."""
+
 
 def damping(sigma: Tensor, omega: Tensor) -> Tensor:
     """Return exp(-(omega sigma)^2 / 2), fp32 [..., r], for sigma fp32 [...] in tokens; exactly 1 where sigma is 0."""
     return torch.exp(-0.5 * (sigma.unsqueeze(-1) * omega).square())
+
+
+class _Limited(torch.autograd.Function):
+    """Clamps log-scales to their limit, and lets a gradient through that points back inside it."""
+
+    @staticmethod
+    def forward(ctx: Any, log_scale: Tensor) -> Tensor:
+        """Return the clamped log-scales."""
+        ctx.save_for_backward(log_scale)
+        return log_scale.clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the gradient, 0 where descending it would lead further outside."""
+        (log_scale,) = ctx.saved_tensors
+        outward = (log_scale.abs() > LOG_SCALE_LIMIT) & (log_scale.sign() == -gradient.sign())
+        return gradient.masked_fill(outward, 0.0)
 
 
 class LearnableSigma(PositionalParameters):
@@ -51,7 +73,7 @@ class LearnableSigma(PositionalParameters):
         return self._table(self.log_scale.detach())
 
     def _table(self, log_scale: Tensor) -> Tensor:
-        limited = log_scale.clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
+        limited = _Limited.apply(log_scale)
         if self._kind == "head":
             table = limited.view(self._levels, self._query_groups)
         else:
@@ -108,7 +130,8 @@ class GaussianRotary(torch.nn.Module):
         passed = x[..., 2 * damp.shape[-1] :].float().square().sum(-1, keepdim=True)
         kept = (energy * damp.square()).sum(-1, keepdim=True) + passed
         tiny = torch.finfo(torch.float32).tiny
-        return ((energy.sum(-1, keepdim=True) + passed).clamp_min(tiny) / kept.clamp_min(tiny)).sqrt()
+        total = (energy.sum(-1, keepdim=True) + passed).clamp_min(tiny)
+        return (total / torch.maximum(kept.clamp_min(tiny), total * GREATEST_GAIN**-2)).sqrt()
 
 
 def pairs(x: Tensor, count: int, *, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -146,5 +169,5 @@ class LogWidthBias(PositionalParameters):
         """Return query [s, b, np, hn + 1] and key [s, b, ng, hn + 1] whose product adds beta ln w of the key's row."""
         beta = self.shared(self.factor) / self._softmax_scale
         log_width = spans.width.float().log()[:, :, None, None].expand(*key.shape[:3], 1)
-        query = torch.cat([query, beta.to(query.dtype).expand(*query.shape[:3], 1)], dim=-1)
+        query = torch.cat([query, beta.expand(*query.shape[:3], 1).to(query.dtype)], dim=-1)
         return query, torch.cat([key, log_width.to(key.dtype)], dim=-1)

@@ -24,17 +24,22 @@ class PositionalParameters(torch.nn.Module):
         self._sum_over_ranks = sum_over_ranks
 
     def new_parameter(self, size: int) -> torch.nn.Parameter:
-        """Return `size` zeros as an fp32 parameter on the current device."""
-        return torch.nn.Parameter(torch.zeros(size, dtype=torch.float32, device=torch.cuda.current_device()))
+        """Return `size` zeros as an fp32 parameter."""
+        return torch.nn.Parameter(torch.zeros(size, dtype=torch.float32))
 
     def shared(self, parameter: torch.nn.Parameter) -> Tensor:
         """Return the parameter's value for use on this rank's heads."""
         return self._sum_over_ranks(parameter)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionalParameters:
-        before = {name: p.detach().clone() for name, p in self.named_parameters(recurse=False)}
+        before = {
+            name: (p.detach().clone(), None if p.grad is None else p.grad.clone())
+            for name, p in self.named_parameters(recurse=False)
+        }
         super()._apply(fn, recurse)
         for name, parameter in self.named_parameters(recurse=False):
             if parameter.dtype != torch.float32:
-                parameter.data = before[name].to(parameter.device)
+                value, gradient = before[name]
+                parameter.data = value.to(parameter.device)
+                parameter.grad = None if gradient is None else gradient.to(parameter.device)
         return self

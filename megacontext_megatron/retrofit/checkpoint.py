@@ -31,6 +31,26 @@ GAUSSIAN_SETTINGS = (
     "gaussian_rope_log_width_bias",
 )
 CONTEXT_SETTINGS = ("mc_block_size", "mc_max_level")
+MODEL_SETTINGS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "normalization",
+    "qk_layernorm",
+    "attention_output_gate",
+    "softmax_type",
+    "swiglu",
+    "squared_relu",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
+    "num_experts",
+)
+EXPERT_SETTINGS = ("moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+"""With MODEL_SETTINGS: what weights are made for. Megatron drops weights that a run has no use for without a word."""
 RESUME_SETTINGS = ("megacontext", "mc_variants", "mc_source_length", "seq_length")
 """Fixed for a run that continues another's data order; free for one that only takes its weights."""
 
@@ -58,24 +78,35 @@ class Difference:
 
     def __str__(self) -> str:
         """Return the difference as flag: saved value, asked value."""
-        return f"--{self.name.replace('_', '-')}: checkpoint {self.saved}, this run {self.asked}"
+        flag = {"add_bias_linear": "--disable-bias-linear"}.get(self.name, f"--{self.name.replace('_', '-')}")
+        saved, asked = self.saved, self.asked
+        if self.name == "add_bias_linear":
+            saved, asked = not saved, not asked
+        return f"{flag}: checkpoint {saved}, this run {asked}"
 
 
 def checkpoint_path(folder: str, step: int | None = None) -> Path | None:
     """Return the folder of the iteration that Megatron would load from `folder`, None where there is none.
 
-    Raises ConfigError for a tracker that names nothing readable.
+    Raises ConfigError for a tracker that names nothing readable, and for another format than torch_dist.
     """
+    from megatron.core import dist_checkpointing
+
     tracker = Path(folder) / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
         return None
     word = tracker.read_text().strip()
     if word != "release" and not word.isdecimal():
         raise ConfigError(f"{tracker} holds {word!r} instead of an iteration number: restore or remove it.")
-    name = "release" if word == "release" and step is None else f"iter_{int(step if step is not None else word):07d}"
-    path = Path(folder) / name
+    if word == "release" and step is not None:
+        raise ConfigError(f"{tracker} names a release, from which --ckpt-step {step} cannot choose: leave it out.")
+    path = Path(folder) / ("release" if word == "release" else f"iter_{int(word if step is None else step):07d}")
     if not path.is_dir():
-        raise ConfigError(f"{path} does not exist, though {tracker} and --ckpt-step name it.")
+        raise ConfigError(
+            f"{path} does not exist, though {tracker if step is None else f'--ckpt-step {step}'} names it."
+        )
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        raise ConfigError(f"{path} is not a torch_dist checkpoint: convert it with Megatron's tools first.")
     return path
 
 
@@ -84,14 +115,17 @@ def require_checkpoint(args: Namespace) -> None:
 
     A first launch of a job that saves where it loads from is let through, with a line that says so.
     """
-    if args.pretrained_checkpoint and checkpoint_path(args.pretrained_checkpoint) is None:
-        raise ConfigError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint.")
-    if args.load is None or checkpoint_path(args.load, args.ckpt_step) is not None:
+    if args.load is not None and checkpoint_path(args.load, args.ckpt_step) is not None:
         return
     if args.pretrained_checkpoint:
+        if checkpoint_path(args.pretrained_checkpoint, args.ckpt_step) is None:
+            raise ConfigError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint.")
+        return
+    if args.load is None:
         return
     same = args.save is not None and Path(args.save).resolve() == Path(args.load).resolve()
-    if not same or args.ckpt_step is not None or args.finetune or args.use_checkpoint_args:
+    needed = args.ckpt_step is not None or args.finetune or args.use_checkpoint_args or args.exit_on_missing_checkpoint
+    if not same or needed:
         raise ConfigError(
             f"--load {args.load} holds no checkpoint, and training would start from random weights: correct the path, "
             "or leave --load out (a new job that resumes itself gives --load and --save the same folder)."
@@ -107,8 +141,6 @@ def saved_run(folder: str | None, step: int | None = None) -> SavedRun | None:
     path = None if folder is None else checkpoint_path(folder, step)
     if path is None:
         return None
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        raise ConfigError(f"{path} is not a torch_dist checkpoint: convert it with Megatron's tools first.")
     common = dist_checkpointing.load_common_state_dict(str(path))
     if "args" not in common:
         raise ConfigError(f"{path} holds no arguments to compare this run with.")
@@ -117,19 +149,19 @@ def saved_run(folder: str | None, step: int | None = None) -> SavedRun | None:
 
 def source_of(args: Namespace) -> SavedRun | None:
     """Return the checkpoint a run starts from: `--load`, or else `--pretrained-checkpoint`."""
-    return saved_run(args.load, args.ckpt_step) or saved_run(args.pretrained_checkpoint)
+    return saved_run(args.load, args.ckpt_step) or saved_run(args.pretrained_checkpoint, args.ckpt_step)
 
 
 def restore_settings(args: Namespace, more: Sequence[str], explicit: Callable[[str], bool]) -> None:
     """Give a run under `--use-checkpoint-args` its checkpoint's encoding and fixed settings.
 
-    Megatron restores its own arguments and knows only `rope`.  `more` names further arguments to restore.  Flags for which `explicit` says that they were typed
-    keep their values; a difference is then refused like any other.
+    Megatron restores its own arguments and knows only `rope`.  `more` names further arguments to restore.  Flags for
+    which `explicit` says that they were typed keep their values; a difference is then refused like any other.
     """
     saved = source_of(args)
     if saved is None:
         return
-    if not explicit("mc_encoding"):
+    if not explicit("mc_encoding") and not explicit("position_embedding_type"):
         args.mc_encoding = getattr(saved.args, "mc_encoding", None)
     names = (*GAUSSIAN_SETTINGS, *CONTEXT_SETTINGS, *RESUME_SETTINGS, *ROTARY_SETTINGS, *PATTERN_SETTINGS)
     context = ("mc_recent_tokens", "mc_horizon", "mc_plan", "mc_level2_prob", "mc_eod_policy")
@@ -153,9 +185,29 @@ def differences(args: Namespace, saved: SavedRun, *, resumes: bool) -> list[Diff
         shared += CONTEXT_SETTINGS
     if resumes:
         shared += RESUME_SETTINGS
+    return found + _compared(args, saved, shared)
+
+
+def misfits(args: Namespace, saved: SavedRun) -> list[Difference]:
+    """Return the settings in which a run's model has other parameters than a checkpoint's, so that none can load."""
+    if args.moe_use_upcycling:
+        return []
+    names = MODEL_SETTINGS + (EXPERT_SETTINGS if args.num_experts else ())
+    if args.mc_encoding is not None and args.gaussian_rope_learnable_sigma != "none":
+        names += ("gaussian_rope_learnable_sigma", "no_rope_freq")
+        names += ("mc_max_level",) if args.gaussian_rope_learnable_sigma != "layer" else ()
+    if args.mc_encoding is not None and args.gaussian_rope_log_width_bias:
+        names += ("gaussian_rope_log_width_bias",)
+    return _compared(args, saved, names)
+
+
+def _compared(args: Namespace, saved: SavedRun, names: Sequence[str]) -> list[Difference]:
+    """Return the differences in settings that the checkpoint records, and in the plugin's where it has none of them."""
+    own = {"gaussian_rope_learnable_sigma": "none", "gaussian_rope_log_width_bias": False}
     missing = object()
-    for name in shared:
-        was, now = getattr(saved.args, name, missing), getattr(args, name, None)
+    found = []
+    for name in names:
+        was, now = getattr(saved.args, name, own.get(name, missing)), getattr(args, name, None)
         if was is not missing and _comparable(was) != _comparable(now):
             found.append(Difference(name=name, saved=was, asked=now))
     return found
@@ -168,7 +220,8 @@ def _comparable(value: Any) -> Any:
 def check_checkpoint(args: Namespace) -> None:
     """Refuse a checkpoint of another configuration, before a model is built.
 
-    `--finetune` prints each difference instead, and Megatron then resets consumed samples.  Raises ConfigError.
+    `--finetune` prints each difference instead, unless the weights do not fit, and Megatron then resets consumed
+    samples.  Raises ConfigError.
     """
     saved = source_of(args)
     if saved is None:
@@ -180,14 +233,13 @@ def check_checkpoint(args: Namespace) -> None:
             "with --tensor-model-parallel-size, so choose --vocab-size and --make-vocab-size-divisible-by such that "
             f"--make-vocab-size-divisible-by times every --tensor-model-parallel-size divides {was}."
         )
-    fresh = args.finetune or checkpoint_path(args.load or "", args.ckpt_step) is None
-    found = differences(args, saved, resumes=not fresh)
-    if found and not fresh:
-        listed = "; ".join(str(difference) for difference in found)
-        raise ConfigError(
-            f"{saved.path} was trained with other settings ({listed}): use the checkpoint's, or --finetune to start "
-            "a new run from its weights."
-        )
+    fresh = args.finetune or args.load is None or checkpoint_path(args.load, args.ckpt_step) is None
+    unfit = misfits(args, saved)
+    found = [each for each in differences(args, saved, resumes=not fresh) if each not in unfit]
+    if refused := unfit if fresh else [*unfit, *found]:
+        listed = "; ".join(str(difference) for difference in refused)
+        otherwise = "" if unfit else ", or --finetune to start a new run from its weights"
+        raise ConfigError(f"{saved.path} was trained with other settings ({listed}): use the checkpoint's{otherwise}.")
     for difference in found:
         if args.rank == 0:
             print(f"> finetuning with another {difference}", flush=True)

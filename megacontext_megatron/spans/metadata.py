@@ -61,7 +61,12 @@ class SpanMetadata:
 
     @classmethod
     def unpack(cls, carrier: Tensor) -> SpanMetadata:
-        """Return the metadata, [s, b], that a carrier [s, b, 1, 4] holds."""
+        """Return the metadata, [s, b], that a carrier [s, b, 1, 4] holds.
+
+        Raises RuntimeError for another dtype than float64: a cast carrier would give wrong places.
+        """
+        if carrier.dtype != torch.float64:
+            raise RuntimeError(f"the carrier of span metadata must be float64, not {carrier.dtype}")
         start, width, level, modality = carrier.detach()[..., 0, :].unbind(-1)
         return cls(
             start=start.long(),
@@ -87,4 +92,6 @@ def base_sigma(width: Tensor, rule: SigmaRule) -> Tensor:
             sigma = torch.where(w > 1, w / 2.0, 0.0)
         case "none":
             sigma = torch.zeros_like(w)
+        case _:
+            raise ValueError(f"unknown sigma rule {rule!r}")
     return sigma.float()

@@ -30,9 +30,7 @@ def git(*arguments: str, cwd: Path) -> str:
     """Return what a git command prints, run in `cwd` as if no repository lay around it."""
     environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
     environment["GIT_CEILING_DIRECTORIES"] = str(cwd.parent)
-    done = subprocess.run(
-        ["git", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -39,9 +39,7 @@ def write_tokenizer(folder: Path, tokens: Sequence[str], config: str | None = No
     """Write a word tokenizer with the given tokens and return its folder."""
     folder.mkdir()
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[0])).save(
-        str(folder / "tokenizer.json")
-    )
+    Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[0])).save(str(folder / "tokenizer.json"))
     if config is not None:
         (folder / "tokenizer_config.json").write_text(config)
     return folder
@@ -59,9 +57,7 @@ def write_bpe(folder: Path) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(["one two three"] * 20, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=8)
     path = folder / "tokenizer.json"

@@ -128,7 +128,6 @@ def test_last_encoding_wins(first):
     assert "gaussian_rope" not in words[:5]
 
 
-@pytest.mark.xfail(strict=True, reason="only the last --position-embedding-type is replaced")
 def test_overridden_encoding_is_one_that_megatron_knows():
     words = normalised([ENCODING_FLAG, "gaussian_rope", "--lr", "1", ENCODING_FLAG, "rope"])
     named = [words[place + 1] for place, word in enumerate(words) if word == ENCODING_FLAG]

@@ -181,6 +181,26 @@ def test_gist_rms_is_the_mean_rms_of_its_tokens(seed: int, level: int, block_siz
     torch.testing.assert_close(rms(gists.double()), expected, rtol=FP32_RTOL, atol=0)
 
 
+def test_a_gister_is_told_the_rms_of_tokens_at_every_level():
+    """A gister that does not scale its gists shows whether the sizes are the tokens' or the gists' own."""
+    heard = []
+
+    def listening(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        heard.append(rms)
+        blocks = below.unflatten(0, (-1, block_size))
+        return blocks.sum(dim=1), rms.unflatten(0, (-1, block_size)).mean(dim=1)
+
+    context = small()
+    tokens = embeddings(context, 2, seed=8)
+    entry_table(tokens, context, listening)
+    of_tokens = rms(tokens.double())
+    k, blocks = context.block_size, context.source_length // context.block_size // context.block_size
+    of_blocks = of_tokens.unflatten(0, (-1, k)).mean(dim=1)[: blocks * k]
+    assert len(heard) == 2
+    torch.testing.assert_close(heard[0].double(), of_tokens, rtol=FP32_RTOL, atol=0)
+    torch.testing.assert_close(heard[1].double(), of_blocks, rtol=FP32_RTOL, atol=0)
+
+
 def test_gist_points_where_the_mean_of_its_tokens_does():
     tokens = torch.tensor([[3.0, 0.0], [0.0, 4.0]]).unsqueeze(1)
     gist, _ = mean_gists(tokens, embedding_rms(tokens), 2)

@@ -101,9 +101,7 @@ def test_without_eod(folder: Path, prefix: str) -> None:
         (b'{"text": "\\ud800"}', "lone surrogate"),
     ],
 )
-def test_bad_line_is_named_and_nothing_is_lost(
-    tmp_path: Path, prefix: str, line: bytes, reason: str
-) -> None:
+def test_bad_line_is_named_and_nothing_is_lost(tmp_path: Path, prefix: str, line: bytes, reason: str) -> None:
     """The message names file and line; what was there before stays, and nothing is left over."""
     source = tmp_path / "lines.jsonl"
     source.write_bytes(b'{"text": "one"}\n')
@@ -116,12 +114,8 @@ def test_bad_line_is_named_and_nothing_is_lost(
     assert not unfinished(prefix)
 
 
-@pytest.mark.parametrize(
-    ("signal_number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
-)
-def test_interrupted_build_leaves_the_old_data(
-    tmp_path: Path, prefix: str, signal_number: int, status: int
-) -> None:
+@pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_interrupted_build_leaves_the_old_data(tmp_path: Path, prefix: str, signal_number: int, status: int) -> None:
     """A process stopped while it writes does not touch the data set that is there."""
     source = tmp_path / "lines.jsonl"
     source.write_bytes(b'{"text": "one"}\n')

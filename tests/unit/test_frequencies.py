@@ -75,7 +75,6 @@ def test_moving_takes_every_tensor_along():
     assert moved.position_scale == 0.25
 
 
-@pytest.mark.xfail(strict=True, reason="rotary_frequencies builds its turns on the default device")
 def test_frequencies_do_not_depend_on_the_default_device():
     with torch.device("meta"):
         frequencies = rotary_frequencies(RotaryConfig(head_dim=22))

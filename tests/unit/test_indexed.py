@@ -19,9 +19,7 @@ DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float3
 HEADER_BYTES = 34
 
 
-def write_dataset(
-    prefix: Path, lengths: Sequence[int], dtype: type = np.uint16, *, multimodal: bool = False
-) -> str:
+def write_dataset(prefix: Path, lengths: Sequence[int], dtype: type = np.uint16, *, multimodal: bool = False) -> str:
     """Write documents of the given lengths with Megatron's builder and return the prefix."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype, multimodal=multimodal)
     for length in lengths:
@@ -185,9 +183,7 @@ def test_object_storage_is_left_to_megatron(scheme: str) -> None:
     suffix=st.sampled_from([".idx", ".bin"]),
     kept=st.floats(0.0, 1.0, exclude_max=True),
 )
-def test_any_truncation_of_any_dataset(
-    lengths: list[int], dtype: type, suffix: str, kept: float
-) -> None:
+def test_any_truncation_of_any_dataset(lengths: list[int], dtype: type, suffix: str, kept: float) -> None:
     """Whatever the data set, its whole is accepted and its cut is refused by name."""
     with tempfile.TemporaryDirectory() as folder:
         prefix = write_dataset(Path(folder, "corpus"), lengths, dtype)

@@ -129,9 +129,7 @@ def test_the_same_huggingface_tokenizer(word_prefix: str, model: Path, tmp_path:
     copy = tmp_path / "renamed.json"
     copy.write_bytes((model / "tokenizer.json").read_bytes())
     for path in (model, model / "tokenizer.json", copy):
-        run = TrainingTokenizer(
-            tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(path), eod_id=2
-        )
+        run = TrainingTokenizer(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(path), eod_id=2)
         check_tokenizer([word_prefix], run)
         check_tokenizer([word_prefix], dataclasses.replace(run, eod_id=None))
 

@@ -72,12 +72,6 @@ def test_metadata_of_nodes_by_level():
     assert dtypes == [torch.int64, torch.int32, torch.int8, torch.int8]
 
 
-def test_carrier_lets_no_gradient_through():
-    carrier = farthest().pack().requires_grad_()
-    assert not SpanMetadata.unpack(carrier).start.requires_grad
-
-
-@pytest.mark.xfail(strict=True, reason="unpack reads a carrier of any dtype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rounded_carrier_is_refused(dtype):
     with pytest.raises(RuntimeError, match="float64"):
@@ -85,9 +79,9 @@ def test_rounded_carrier_is_refused(dtype):
 
 
 def test_uniform_spread_is_that_of_the_tokens():
-    widths = torch.tensor([1, 2, 3, 31, 32, 1024, 32768], dtype=torch.int32)
+    widths = torch.tensor([1, 2, 3, 7, 31, 32, 100, 999, 1024, 4097, 32768], dtype=torch.int32)
     expected = torch.tensor([oracles.uniform_spread(width) for width in widths.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(base_sigma(widths, "uniform"), expected.float(), rtol=2**-23, atol=0)
+    assert torch.equal(base_sigma(widths, "uniform"), expected.float())
 
 
 def test_spread_of_the_widest_spans_keeps_fp32_accuracy():

@@ -105,7 +105,6 @@ def test_scales_stop_at_a_factor_of_8(kind, sign, limit):
     assert not torch.equal(learnable(kind, values=[sign * 2.0] * 8).scales()[1:], scales[1:])
 
 
-@pytest.mark.xfail(strict=True, reason="the clamp has no gradient beyond its limit, so a scale never comes back")
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scale_beyond_its_limit_can_come_back(sign):
     module = learnable("layer", values=[sign * (LOG_SCALE_LIMIT + 0.01)])
@@ -295,7 +294,6 @@ def test_parameters_move_with_the_model(dtype):
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float32)}
 
 
-@pytest.mark.xfail(strict=True, reason="a cast restores the parameter but not the gradient it already has")
 def test_gradients_stay_fp32_as_well():
     module = learnable("level", values=NOT_IN_HALF)
     module.scales().sum().backward()

@@ -71,7 +71,6 @@ def test_gist_logit_is_closer_to_its_tokens_by_the_predicted_factor(width, recor
     record_property("measured", factor)
     record_property("standard error", factor * relative)
     record_property("predicted", predicted_factor(width))
-    print(f"\nwidth {width}: measured {factor:.3f} +- {factor * relative:.3f}, predicted {predicted_factor(width):.3f}")
     assert relative < 0.05
     assert abs(factor - predicted_factor(width)) < 4 * factor * relative
     assert factor > 2

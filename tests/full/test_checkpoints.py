@@ -1,0 +1,469 @@
+"""Checkpoints in torch_dist form: resumed, reloaded in other layouts, refused, and damaged."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import call, train
+from tests.small import (
+    GRAD_NORM_TOLERANCE,
+    LOSS_TOLERANCE,
+    MICRO_BATCHES,
+    TOKENS_ONLY,
+    command,
+    largest,
+    parse_only,
+    refusal,
+    rows,
+    small_flags,
+    small_training,
+)
+
+MIDDLE, END = 2, 4
+SIGMA = "decoder.layers.self_attention.rotary.sigma_scale.log_scale"
+TRACKER = "latest_checkpointed_iteration.txt"
+
+TP = {"tensor_model_parallel_size": 2}
+TP_SP = {**TP, "sequence_parallel": True}
+PP = {"pipeline_model_parallel_size": 2}
+CP = {"context_parallel_size": 2}
+DIST_OPT = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
+
+
+def read_tensors(path: str) -> dict[str, tuple[str, list[int]]]:
+    """Return the hash and shape of every tensor in a torch_dist checkpoint, read without Megatron."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = dcp.FileSystemReader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return {
+        key: (hashlib.sha256(value.numpy().tobytes()).hexdigest()[:16], list(value.shape))
+        for key, value in state.items()
+    }
+
+
+def tensors(folder: Path, iteration: int, workdir: Path) -> dict[str, list[Any]]:
+    """Return what `read_tensors` reads of one iteration in a folder of checkpoints."""
+    path = folder / f"iter_{iteration:07d}"
+    return call(read_tensors, {"path": str(path)}, workdir=workdir / "read").check().values[0]
+
+
+@pytest.fixture(scope="module")
+def saved(small_run) -> Path:
+    """The folder of the small run's checkpoints."""
+    return small_run.save_dir
+
+
+@pytest.fixture(scope="module")
+def rope_run(corpus, tmp_path_factory):
+    """A run of Megatron's own rope, with the shapes of the small run and tokens alone."""
+    folder = tmp_path_factory.mktemp("rope")
+    return small_training(
+        corpus, folder, **TOKENS_ONLY, position_embedding_type="rope", eval_iters=0, save=folder / "checkpoints"
+    ).check()
+
+
+@pytest.fixture(scope="module")
+def odd_settings() -> dict[str, Any]:
+    """Settings of the plugin and of rotary that are no defaults, one of each kind."""
+    return {
+        "gaussian_rope_sigma": "half-width",
+        "gaussian_rope_learnable_sigma": "head",
+        "gaussian_rope_sides": "k",
+        "gaussian_rope_renorm": "rms",
+        "gaussian_rope_phase": "megatron",
+        "gaussian_rope_log_width_bias": True,
+        "mc_plan": "mix",
+        "mc_level2_prob": 0.6,
+        "mc_eod_policy": "no-cross",
+        "rotary_base": 5000,
+        "rotary_percent": 0.5,
+        "no_rope_freq": "([0]*1+[1]*1)",
+        "window_size": "32,0",
+        "window_attn_skip_freq": 2,
+        "eval_iters": 0,
+    }
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(small_run, corpus, saved, tmp_path):
+    resumed = small_training(corpus, tmp_path, load=saved, ckpt_step=MIDDLE, save=tmp_path / "checkpoints").check()
+    assert resumed.losses == small_run.losses[MIDDLE:]
+    assert resumed.grad_norms == small_run.grad_norms[MIDDLE:]
+    assert resumed.values[0] == small_run.values[0][MIDDLE * MICRO_BATCHES :]
+    assert resumed.metrics == small_run.metrics[MIDDLE:]
+    assert [line["consumed_samples"] for line in resumed.metrics] == [24, 32]
+    for tag in small_run.tags("nll last"):
+        assert resumed.scalars(tag)[-1] == small_run.scalars(tag)[-1]
+    expected = tensors(saved, END, tmp_path)
+    assert tensors(tmp_path / "checkpoints", END, tmp_path) == expected
+    assert expected[SIGMA][1] == [2, 2]
+    assert expected[f"optimizer.state.exp_avg.{SIGMA}"][1] == [2, 2]
+    assert expected[SIGMA] != tensors(saved, MIDDLE, tmp_path)[SIGMA]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("there", "ranks"), [(TP, 2), (TP_SP, 2), (PP, 2), (CP, 2), ({}, 2)], ids=["tp", "sp", "pp", "cp", "dp"]
+)
+def test_a_checkpoint_survives_another_layout_and_goes_on_there(small_run, corpus, saved, tmp_path, there, ranks):
+    whole = tensors(saved, MIDDLE, tmp_path)
+    moved, back = tmp_path / "moved", tmp_path / "back"
+    stop = {"train_iters": MIDDLE, "save_interval": 1000, "lr_decay_iters": END, "eval_iters": 0}
+    small_training(corpus, tmp_path / "there", ranks, load=saved, ckpt_step=MIDDLE, save=moved, **stop, **there).check()
+    assert tensors(moved, MIDDLE, tmp_path) == whole
+    small_training(corpus, tmp_path / "back", load=moved, save=back, **stop).check()
+    assert tensors(back, MIDDLE, tmp_path) == whole
+    on = {"eval_iters": 0, "lr_decay_iters": END}
+    there_on = small_training(corpus, tmp_path / "on", ranks, load=saved, ckpt_step=MIDDLE, **on, **there).check()
+    assert largest(there_on.losses, small_run.losses[MIDDLE:]) <= LOSS_TOLERANCE
+    assert largest(there_on.grad_norms, small_run.grad_norms[MIDDLE:]) <= GRAD_NORM_TOLERANCE
+    back_on = small_training(corpus, tmp_path / "home", load=back, **on).check()
+    assert back_on.losses == small_run.losses[MIDDLE:]
+
+
+@pytest.mark.full
+def test_the_distributed_optimizer_goes_from_data_to_pipeline_ranks_and_back(corpus, tmp_path):
+    first, moved, back = (tmp_path / name for name in ("first", "moved", "back"))
+    quick = {**DIST_OPT, "eval_iters": 0, "lr_decay_iters": END}
+    whole = small_training(corpus, tmp_path / "dp", 2, fresh=True, save=first, **quick).check()
+    resumed = small_training(corpus, tmp_path / "dp2", 2, load=first, ckpt_step=MIDDLE, **quick).check()
+    assert resumed.losses == whole.losses[MIDDLE:]
+    assert resumed.values == tuple(value[MIDDLE * MICRO_BATCHES // 2 :] for value in whole.values)
+    in_stages = small_training(corpus, tmp_path / "pp", 2, load=first, ckpt_step=MIDDLE, **quick, **PP).check()
+    assert largest(in_stages.losses, whole.losses[MIDDLE:]) <= LOSS_TOLERANCE
+    assert largest(in_stages.grad_norms, whole.grad_norms[MIDDLE:]) <= GRAD_NORM_TOLERANCE
+    stop = {**quick, "train_iters": MIDDLE, "save_interval": 1000}
+    small_training(corpus, tmp_path / "there", 2, load=first, ckpt_step=MIDDLE, save=moved, **stop, **PP).check()
+    small_training(corpus, tmp_path / "home", 2, load=moved, save=back, **stop).check()
+    expected = tensors(first, MIDDLE, tmp_path)
+    assert f"optimizer.state.exp_avg.{SIGMA}" in expected
+    assert tensors(moved, MIDDLE, tmp_path) == expected
+    assert tensors(back, MIDDLE, tmp_path) == expected
+
+
+@pytest.mark.full
+def test_an_optimizer_sharded_over_data_ranks_does_not_load_into_stages(corpus, tmp_path):
+    plain = {"use_distributed_optimizer": True, "eval_iters": 0}
+    small_training(corpus, tmp_path / "dp", 2, save=tmp_path / "saved", **plain).check()
+    result = small_training(corpus, tmp_path / "pp", 2, load=tmp_path / "saved", **plain, **PP, train_iters=6)
+    assert result.returncode != 0
+    assert "not supported for DistributedOptimizer" in result.error
+
+
+@pytest.mark.full
+def test_checkpoint_arguments_restore_encoding_and_settings(corpus, tmp_path, odd_settings):
+    whole = small_training(corpus, tmp_path, fresh=True, save=tmp_path / "saved", **odd_settings).check()
+    kept = ("cpu", "micro_batch_size", "global_batch_size", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters")
+    kept += ("train_iters", "weight_decay", "clip_grad", "eval_interval", "tokenizer_type", "vocab_size", "split")
+    kept += ("null_tokenizer_eod_id", "make_vocab_size_divisible_by", "num_workers", "data_path", "data_cache_path")
+    flags = {flag.replace("_", "-") for flag in kept}
+    words = small_flags(corpus, **odd_settings)
+    few = list(_with_values(words, flags))
+    assert not [word for word in few if "position" in word or word.startswith(("--mc-", "--gaussian", "--seq-"))]
+    load = ["--load", str(tmp_path / "saved"), "--ckpt-step", str(MIDDLE), "--use-checkpoint-args", "--eval-iters", "0"]
+    resumed = train([*few, *load], workdir=tmp_path / "resumed", before=rows).check()
+    assert resumed.losses == whole.losses[MIDDLE:]
+    assert resumed.grad_norms == whole.grad_norms[MIDDLE:]
+    assert resumed.values[0] == whole.values[0][MIDDLE * MICRO_BATCHES :]
+
+
+def _with_values(words, names):
+    """Return those flags of a command line, with their values, whose names are given."""
+    kept = False
+    for word in words:
+        if word.startswith("--"):
+            kept = word.removeprefix("--") in names
+        if kept:
+            yield word
+
+
+def test_checkpoint_arguments_restore_what_was_not_typed(corpus, saved, tmp_path):
+    few = ["--cpu", "--load", str(saved), "--use-checkpoint-args", "--micro-batch-size", "2", "--train-iters", "9"]
+    few += [
+        "--lr",
+        "1e-3",
+        "--tokenizer-type",
+        "NullTokenizer",
+        "--vocab-size",
+        "320",
+        "--null-tokenizer-eod-id",
+        "256",
+    ]
+    few += ["--data-path", str(corpus), "--split", "90,5,5"]
+    lines = [few, [*few, "--gaussian-rope-sides", "k"], [*few, "--mc-variants", "1"], [*few, "--mc-horizon", "8"]]
+    lines += [[*few, "--position-embedding-type", "rope"], small_flags(corpus)]
+    restored, sides, variants, horizon, stock, typed = parse_only(lines, tmp_path)
+    assert restored["code"] == 0, restored["err"]
+    assert restored["settings"] == typed["settings"]
+    assert "horizon=8" in horizon["settings"], horizon["err"]
+    assert "--gaussian-rope-sides: checkpoint qk, this run k" in refusal(sides)
+    assert "--mc-variants: checkpoint 2, this run 1" in refusal(variants)
+    assert "--position-embedding-type" in refusal(stock)
+
+
+FIXED = {
+    "--mc-block-size": ({"mc_block_size": 16}, "8", "16"),
+    "--mc-max-level": ({"mc_max_level": 1, "mc_source_length": 256}, "2", "1"),
+    "--gaussian-rope-sigma": ({"gaussian_rope_sigma": "width"}, "uniform", "width"),
+    "--gaussian-rope-sides": ({"gaussian_rope_sides": "k"}, "qk", "k"),
+    "--gaussian-rope-renorm": ({"gaussian_rope_renorm": "rms"}, "none", "rms"),
+    "--gaussian-rope-phase": ({"gaussian_rope_phase": "megatron"}, "exact", "megatron"),
+    "--gaussian-rope-learnable-sigma": ({"gaussian_rope_learnable_sigma": "head"}, "level", "head"),
+    "--gaussian-rope-log-width-bias": ({"gaussian_rope_log_width_bias": True}, "False", "True"),
+    "--position-embedding-type": (
+        {"position_embedding_type": "rope", **TOKENS_ONLY, "seq_length": 64},
+        "gaussian_rope",
+        "rope",
+    ),
+    "--rotary-base": ({"rotary_base": 500}, "10000", "500"),
+    "--rotary-percent": ({"rotary_percent": 0.5}, "1.0", "0.5"),
+    "--rotary-interleaved": ({"rotary_interleaved": True}, "False", "True"),
+    "--no-rope-freq": ({"no_rope_freq": 2}, "None", "2"),
+    "--window-size": ({"window_size": "8,0"}, "None", "(8, 0)"),
+}
+RESUMED = {
+    "--mc-variants": ({"mc_variants": 1}, "2", "1"),
+    "--mc-source-length": ({"mc_source_length": 1024}, "512", "1024"),
+    "--seq-length": ({"seq_length": 72}, "64", "72"),
+    "--megacontext": ({**TOKENS_ONLY}, "True", "False"),
+}
+WEIGHTS = {
+    "--num-layers": ({"num_layers": 4}, "2", "4"),
+    "--hidden-size": ({"hidden_size": 64}, "32", "64"),
+    "--ffn-hidden-size": ({"ffn_hidden_size": 96}, "64", "96"),
+    "--num-query-groups": ({"num_query_groups": 4}, "2", "4"),
+    "--normalization": ({"normalization": "LayerNorm"}, "RMSNorm", "LayerNorm"),
+    "--qk-layernorm": ({"qk_layernorm": True}, "False", "True"),
+    "--swiglu": ({"swiglu": None}, "True", "False"),
+    "--disable-bias-linear": ({"disable_bias_linear": None}, "True", "False"),
+    "--untie-embeddings-and-output-weights": ({"untie_embeddings_and_output_weights": True}, "False", "True"),
+    "--num-experts": ({"num_experts": 2}, "None", "2"),
+}
+UNFIT = {"--gaussian-rope-learnable-sigma", "--gaussian-rope-log-width-bias", "--no-rope-freq", "--mc-max-level"}
+"""Fixed settings that decide which positional parameters there are, so that weights cannot be taken over either."""
+
+
+def _difference(flag, table):
+    _, was, now = table[flag]
+    return f"{flag}: checkpoint {was}, this run {now}"
+
+
+def test_a_resume_with_other_settings_is_refused_by_the_name_of_each(corpus, saved, tmp_path):
+    table = {**FIXED, **RESUMED, **WEIGHTS}
+    lines = [small_flags(corpus, load=saved, **overrides) for overrides, _, _ in table.values()]
+    both = {"gaussian_rope_sigma": "width", "mc_variants": 1, "rotary_base": 500, "num_layers": 4}
+    *outcomes, several = parse_only([*lines, small_flags(corpus, load=saved, **both)], tmp_path)
+    for flag, outcome in zip(table, outcomes, strict=True):
+        said = refusal(outcome)
+        assert str(saved) in said
+        assert _difference(flag, table) in said
+    said = refusal(several)
+    for flag in ("--gaussian-rope-sigma", "--mc-variants", "--rotary-base", "--num-layers"):
+        assert _difference(flag, table) in said
+
+
+def test_finetuning_prints_each_difference_and_refuses_weights_that_do_not_fit(corpus, saved, tmp_path):
+    table = {**FIXED, **RESUMED, **WEIGHTS}
+    lines = [small_flags(corpus, load=saved, finetune=True, **table[flag][0]) for flag in table]
+    for flag, outcome in zip(table, parse_only(lines, tmp_path), strict=True):
+        if flag in WEIGHTS or flag in UNFIT:
+            said = refusal(outcome)
+            assert _difference(flag, table) in said
+            assert "--finetune" not in said
+            continue
+        assert outcome["code"] == 0, outcome["err"]
+        printed = [line for line in outcome["out"].splitlines() if line.startswith("> finetuning with another ")]
+        assert any(_difference(flag, table) in line for line in printed) == (flag not in RESUMED)
+
+
+@pytest.mark.full
+def test_finetuning_starts_a_new_run_from_the_weights(small_run, corpus, saved, tmp_path):
+    other = {"gaussian_rope_sides": "k", "mc_variants": 4, "micro_batch_size": 4, "mc_source_length": 256}
+    start = {"load": saved, "finetune": True, "eval_iters": 0, "train_iters": 2, "save": tmp_path / "tuned"}
+    tuned = small_training(corpus, tmp_path, **start, **other).check()
+    assert "finetuning with another --gaussian-rope-sides: checkpoint qk, this run k" in tuned.log
+    assert [(line["iteration"], line["consumed_samples"]) for line in tuned.metrics] == [(1, 8), (2, 16)]
+    # the weights were taken over: an untrained model's loss is far above a trained one's
+    assert tuned.losses[0] < small_run.losses[-1] + 0.3 < small_run.losses[0]
+    assert len(tuned.values[0][0]["start"]) == 4
+
+
+@pytest.mark.full
+def test_a_stock_checkpoint_is_refused_or_finetuned(rope_run, corpus, tmp_path):
+    tokens = {**TOKENS_ONLY, "gaussian_rope_phase": "megatron"}
+    learned = {"gaussian_rope_learnable_sigma": "level"}
+    resumed, learning = parse_only(
+        [
+            small_flags(corpus, load=rope_run.save_dir, **tokens),
+            small_flags(corpus, load=rope_run.save_dir, finetune=True, **learned),
+        ],
+        tmp_path,
+    )
+    assert "--position-embedding-type: checkpoint rope, this run gaussian_rope" in refusal(resumed)
+    assert "--gaussian-rope-learnable-sigma: checkpoint none, this run level" in refusal(learning)
+    again = {"load": rope_run.save_dir, "finetune": True, "eval_iters": 0, "train_iters": 2}
+    ours = small_training(corpus, tmp_path / "ours", **again, **tokens).check()
+    stock = small_training(corpus, tmp_path / "stock", **again, **TOKENS_ONLY, position_embedding_type="rope").check()
+    assert "finetuning with another --position-embedding-type: checkpoint rope, this run gaussian_rope" in ours.log
+    assert ours.losses == stock.losses
+    assert ours.grad_norms == stock.grad_norms
+    mixed = small_training(corpus, tmp_path / "mixed", **again, gaussian_rope_learnable_sigma=None).check()
+    assert len(mixed.losses) == 2
+
+
+def test_missing_checkpoints_are_refused(corpus, saved, tmp_path):
+    broken, gone, empty, foreign, release = (
+        tmp_path / f"at-{name}" for name in ("broken", "gone", "empty", "foreign", "release")
+    )
+    for folder, word in ((broken, "soon"), (gone, "7"), (empty, None), (foreign, "3"), (release, "release")):
+        folder.mkdir()
+        if word is not None:
+            (folder / TRACKER).write_text(word)
+    (foreign / "iter_0000003" / "mp_rank_00").mkdir(parents=True)
+    nothing = tmp_path / "nothing"
+    cases = {
+        str(nothing): {"load": nothing},
+        str(empty): {"load": empty},
+        f"--load {empty}": {"load": empty, "save": empty, "finetune": True},
+        f"--load  {empty}": {"load": empty, "save": empty, "use_checkpoint_args": True},
+        f"--load   {empty}": {"load": empty, "save": empty, "exit_on_missing_checkpoint": True},
+        f"--load    {empty}": {"load": empty, "save": empty, "ckpt_step": 2},
+        f"--pretrained-checkpoint {empty}": {"load": nothing, "save": nothing, "pretrained_checkpoint": empty},
+        "--ckpt-step 3": {"load": saved, "ckpt_step": 3},
+        "--ckpt-step 0": {"load": saved, "ckpt_step": 0},
+        "--ckpt-step 5": {"pretrained_checkpoint": saved, "ckpt_step": 5},
+        str(broken / TRACKER): {"load": broken},
+        str(gone / "iter_0000007"): {"load": gone},
+        str(gone / TRACKER): {"pretrained_checkpoint": gone},
+        "is not a torch_dist checkpoint": {"load": foreign},
+        "--ckpt-step 2": {"load": release, "ckpt_step": 2},
+        str(release / "release"): {"load": release},
+    }
+    outcomes = parse_only([small_flags(corpus, **overrides) for overrides in cases.values()], tmp_path / "work")
+    for named, outcome in zip(cases, outcomes, strict=True):
+        assert " ".join(named.split()) in refusal(outcome)
+    assert not nothing.exists()
+    assert not list(empty.iterdir())
+
+
+def test_a_first_launch_that_saves_where_it_loads_from_is_let_through(corpus, saved, tmp_path):
+    own = tmp_path / "own"
+    # the working folder may hold checkpoints that no flag names
+    (tmp_path / TRACKER).write_text("7")
+    first, first_tuned, beside_another = parse_only(
+        [
+            small_flags(corpus, load=own, save=own),
+            small_flags(corpus, load=own, save=own, pretrained_checkpoint=saved),
+            small_flags(corpus, pretrained_checkpoint=saved, gaussian_rope_sides="k"),
+        ],
+        tmp_path,
+    )
+    assert first["code"] == first_tuned["code"] == beside_another["code"] == 0
+    assert f"name {own}, which holds no checkpoint yet: starting a new run" in first["out"]
+    assert "starting a new run" not in first_tuned["out"]
+    assert "finetuning with another --gaussian-rope-sides" in beside_another["out"]
+
+
+@pytest.mark.full
+def test_a_job_that_loads_from_where_it_saves_starts_then_resumes(small_run, corpus, tmp_path):
+    own = {"load": tmp_path / "own", "save": tmp_path / "own", "eval_iters": 0, "lr_decay_iters": END}
+    first = small_training(corpus, tmp_path / "1", fresh=True, train_iters=MIDDLE, **own).check()
+    second = small_training(corpus, tmp_path / "2", **own).check()
+    assert first.losses + second.losses == small_run.losses
+    assert [line["iteration"] for line in second.metrics] == [1, 2, 3, 4]
+
+
+@pytest.mark.full
+def test_a_pretrained_checkpoint_starts_a_run_that_resumes_itself(corpus, saved, tmp_path):
+    quick = {"eval_iters": 0, "train_iters": MIDDLE, "lr_decay_iters": END}
+    tuned = small_training(corpus, tmp_path / "tuned", load=saved, finetune=True, **quick).check()
+    own = {"load": tmp_path / "own", "save": tmp_path / "own", "pretrained_checkpoint": saved, **quick}
+    first = small_training(corpus, tmp_path / "1", **own).check()
+    assert first.losses == tuned.losses
+    assert [line["consumed_samples"] for line in first.metrics] == [8, 16]
+    second = small_training(corpus, tmp_path / "2", **{**own, "train_iters": END}).check()
+    assert [line["iteration"] for line in second.metrics[2:]] == [3, 4]
+    other = small_flags(corpus, **{**own, "mc_variants": 1})
+    assert "--mc-variants: checkpoint 2, this run 1" in refusal(parse_only([other], tmp_path / "3")[0])
+
+
+def test_vocabularies_padded_differently_are_refused(corpus, saved, tmp_path):
+    flags = {"load": saved, "make_vocab_size_divisible_by": 64}
+    lines = [small_flags(corpus, **flags, **TP), small_flags(corpus, **flags, finetune=True, **TP)]
+    lines.append(small_flags(corpus, load=saved, **TP))
+    *refused, accepted = parse_only(lines, tmp_path, world_size=2)
+    for outcome in refused:
+        said = refusal(outcome)
+        assert "padded to 320, this run's to 384" in said
+        assert "--make-vocab-size-divisible-by" in said
+        assert "--tensor-model-parallel-size" in said
+    assert accepted["code"] == 0, accepted["err"]
+
+
+def damage(key: str, how: str) -> None:
+    """Let the state that Megatron read from a checkpoint lose a key, hold it under another name, or hold other values."""
+    from megatron.training import checkpointing
+
+    real = checkpointing._load_base_checkpoint
+
+    def damaged(*args: Any, rank0: bool = False, **kwargs: Any) -> Any:
+        state, *rest = real(*args, rank0=rank0, **kwargs)
+        if not rank0 and state is not None:
+            value = state["model"].pop(key)
+            if how == "renamed":
+                state["model"][key + "_old"] = value
+        return state, *rest
+
+    checkpointing._load_base_checkpoint = damaged
+
+
+def leave_unloaded() -> None:
+    """Let PyTorch skip positional parameters when it copies a state into a model."""
+    from megacontext_megatron.position.gaussian import LearnableSigma
+
+    LearnableSigma._load_from_state_dict = lambda self, *args: None
+
+
+@pytest.mark.parametrize("how", ["dropped", "renamed"])
+def test_a_lost_positional_parameter_stops_the_run(corpus, saved, tmp_path, how):
+    key = "decoder.layers.1.self_attention.rotary.sigma_scale.log_scale"
+    flags = small_flags(corpus, load=saved, ckpt_step=MIDDLE)
+    result = train(flags, workdir=tmp_path, before=damage, before_kwargs={"key": key, "how": how})
+    assert result.returncode != 0
+    assert result.error == f"RuntimeError: the checkpoint did not provide the plugin's parameters {key}"
+    assert "iteration        3/" not in result.log
+
+
+@pytest.mark.full
+def test_a_positional_parameter_left_at_its_initial_value_stops_the_run(corpus, saved, tmp_path):
+    result = train(small_flags(corpus, load=saved, ckpt_step=MIDDLE), workdir=tmp_path, before=leave_unloaded)
+    assert result.returncode != 0
+    assert "did not provide the plugin's parameters decoder.layers.0." in result.error
+    assert "decoder.layers.1." in result.error
+
+
+@pytest.mark.full
+def test_half_precision_keeps_positional_parameters_exact_through_a_checkpoint(corpus, tmp_path):
+    half = {"bf16": True, "eval_iters": 0}
+    whole = small_training(corpus, tmp_path / "whole", fresh=True, save=tmp_path / "saved", **half).check()
+    resumed = small_training(corpus, tmp_path / "on", load=tmp_path / "saved", ckpt_step=MIDDLE, **half).check()
+    assert resumed.losses == whole.losses[MIDDLE:]
+
+
+@pytest.mark.full
+def test_evaluation_refuses_to_run_without_its_checkpoint(tmp_path):
+    result = command("evaluate", ["--cpu", "--load", tmp_path / "nothing"], workdir=tmp_path / "work")
+    assert result.returncode == 2
+    assert f"error: --load {tmp_path / 'nothing'} holds no checkpoint" in result.log
