@@ -82,8 +82,8 @@ class ContextFlags:
     """H: the last rows, tokens in every variant, on which variants are compared."""
 
     mc_plan: Plan = "random"
-    """Which blocks collapse: random ones, the oldest (heuristic), a mix of both by sample, or none (recency: the
-    newest --seq-length tokens)."""
+    """Which blocks collapse: random ones, the oldest (heuristic), one or the other by context (mix), or none
+    (recency: the newest --seq-length tokens)."""
 
     mc_level2_prob: float = 0.1
     """Probability that a random plan collapses an aligned run of K^2 tokens into one gist."""
@@ -255,7 +255,7 @@ def _escape_percent(action: argparse.Action) -> None:
     if action.help is None:
         return
     try:
-        action.help % {**vars(action), "prog": ""}
+        _ = action.help % {**vars(action), "prog": ""}
     except (ValueError, TypeError, KeyError):
         action.help = action.help.replace("%", "%%")
 

@@ -75,6 +75,7 @@ class ContextConfig:
     def __post_init__(self) -> None:
         """Refuse shapes that no plan can satisfy."""
         self._check_lengths()
+        self._check_plan()
         self._check_reachable()
 
     @classmethod
@@ -115,10 +116,19 @@ class ContextConfig:
                 f"--mc-recent-tokens {self.recent_tokens} (rounded up to {self.protected_tokens}) does not fit in "
                 f"--seq-length {w} rows: lower --mc-recent-tokens or raise --seq-length."
             )
+
+    def _check_plan(self) -> None:
         if self.variants < 1:
             raise ConfigError(f"--mc-variants {self.variants} must be at least 1.")
         if not 0.0 <= self.level2_prob <= 1.0:
             raise ConfigError(f"--mc-level2-prob {self.level2_prob} must lie between 0 and 1.")
+        if self.max_level not in (1, 2):
+            raise ConfigError(f"--mc-max-level {self.max_level} must be 1 or 2.")
+        if self.variants > 2 and self.plan == "heuristic":
+            raise ConfigError(
+                f"--mc-plan heuristic with --mc-variants {self.variants} would make all variants but the first the "
+                "same: use --mc-variants 2, or --mc-plan mix or random."
+            )
         if self.variants > 1 and self.plan == "recency":
             raise ConfigError(
                 f"--mc-plan recency with --mc-variants {self.variants} would make every variant the same: variant 0 "
@@ -134,7 +144,13 @@ class ContextConfig:
                 f"--mc-source-length {c} with --seq-length {w} leaves nothing to collapse: raise --mc-source-length "
                 f"by at least {k - 1} tokens, or ask for --mc-plan recency."
             )
-        low, high = self.superblock_bounds(self.merges, *self.eligible())
+        blocks, supers = self.eligible()
+        if blocks == 0:
+            raise ConfigError(
+                f"--mc-recent-tokens {self.recent_tokens} protects every block of --mc-source-length {c}, so nothing "
+                "may collapse: lower --mc-recent-tokens or raise --mc-source-length."
+            )
+        low, high = self.superblock_bounds(self.merges, blocks, supers)
         if low > high:
             fewest = self.fewest_rows()
             raise ConfigError(

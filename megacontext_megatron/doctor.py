@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 from megacontext_megatron.argv import CPU_FLAG
 from megacontext_megatron.config import ConfigError, Settings
@@ -87,11 +87,12 @@ def examine_layers(model: Sequence[Any], settings: Settings) -> Iterator[Finding
     from megatron.core.transformer.attention import SelfAttention
 
     from megacontext_megatron.attention.layer_spec import resolved_layers
+    from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 
     for chunk in model:
         for module in chunk.modules():
             if isinstance(module, SelfAttention):
-                resolved = resolved_layers(module.config)[module.layer_number - 1]
+                resolved = resolved_layers(cast(MegaContextTransformerConfig, module.config))[module.layer_number - 1]
                 core = type(module.core_attention).__name__
                 found = f"{type(module).__name__}, {resolved.encoding}, core {core} ({resolved.backend})"
                 missing = ", ".join(_missing(module, settings))
@@ -115,7 +116,8 @@ def _missing(attention: Any, settings: Settings) -> Iterator[str]:
     rotates = attention.layer_number not in settings.no_rope_layers
     if rotates and not turns(attention):
         yield f"rotation by {settings.encoding}"
-    if rotates and gaussian.learnable_sigma != "none" and attention.rotary.sigma_scale is None:
+    learned = getattr(attention.rotary, "sigma_scale", None)
+    if rotates and gaussian.learnable_sigma != "none" and learned is None:
         yield "--gaussian-rope-learnable-sigma"
     if gaussian.log_width_bias and attention.log_width_bias is None:
         yield "--gaussian-rope-log-width-bias"

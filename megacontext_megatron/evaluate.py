@@ -48,6 +48,9 @@ FROM_CHECKPOINT = (
     "seed",
     "eod_mask_loss",
     "transformer_impl",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "no_persist_layer_norm",
     "bf16",
     "fp16",
     "norm_epsilon",
@@ -159,7 +162,7 @@ def evaluate(args: argparse.Namespace, settings: Settings) -> Evaluation:
         for name, context in contexts_to_evaluate(settings.context).items()
     }
     return Evaluation(
-        iteration=iteration,
+        iteration=int(iteration),
         samples=samples,
         source_length=settings.context.source_length,
         window=settings.context.window,
@@ -196,6 +199,7 @@ def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any
     from megatron.training import get_timers
 
     from megacontext_megatron.model.losses import variant_names
+    from megacontext_megatron.model.parallel_groups import pipeline_group, row_group
     from megacontext_megatron.model.step import ForwardStep
 
     size, ranks = args.micro_batch_size, mpu.get_data_parallel_world_size()
@@ -230,9 +234,9 @@ def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any
     if reports:
         key = f"nll last {settings.context.horizon} {variant_names(settings.context)[0]}"
         total = torch.stack([report[key] for report in reports]).double().sum(dim=0)
-        torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+        torch.distributed.all_reduce(total, group=row_group())
     last = mpu.get_pipeline_model_parallel_last_rank()
-    torch.distributed.broadcast(total, src=last, group=mpu.get_pipeline_model_parallel_group())
+    torch.distributed.broadcast(total, src=last, group=pipeline_group())
     return float(total[0] / total[1])
 
 
@@ -256,7 +260,7 @@ def loader(args: argparse.Namespace, settings: Settings, raw: Any) -> Any:
         data_parallel_rank=mpu.get_data_parallel_rank(),
         data_parallel_size=mpu.get_data_parallel_world_size(),
     )
-    data = WorkingContextDataset(raw, len(raw), context, identity, ContextPlanner(context))
+    data = WorkingContextDataset(raw, context, identity, ContextPlanner(context))
     return torch.utils.data.DataLoader(data, batch_sampler=sampler)
 
 
@@ -268,7 +272,10 @@ def bigram(args: argparse.Namespace, settings: Settings, raw: Any) -> float:
     from megacontext_megatron.data.manifest import read_manifest
 
     blend, per_split = get_blend_and_blend_per_split(args)
-    prefixes = (per_split[0] if per_split else blend)[0]
+    training = per_split[0] if per_split else blend
+    if training is None:
+        raise ConfigError("--mc-eval-bigram needs training data: give --data-path or --train-data-path.")
+    prefixes = training[0]
     manifest = read_manifest(prefixes[0])
     vocabulary = manifest.tokenizer.vocab_size if manifest else args.vocab_size
     samples = (raw[i] for i in range(args.mc_eval_samples))

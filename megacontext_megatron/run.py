@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -124,7 +124,9 @@ def transformer_config(args: Namespace, settings: Settings) -> MegaContextTransf
     """Return Megatron's transformer config of parsed arguments with the settings aboard."""
     from megatron.training.arguments import core_transformer_config_from_args
 
-    config = core_transformer_config_from_args(args, config_class=MegaContextTransformerConfig)
+    config = cast(
+        MegaContextTransformerConfig, core_transformer_config_from_args(args, config_class=MegaContextTransformerConfig)
+    )
     config.mc_settings = settings
     if settings.no_rope_layers and settings.gaussian is not None and settings.gaussian.learnable_sigma != "none":
         # Layers without rotary have no sigma to learn, so layers do not all hold the same keys.

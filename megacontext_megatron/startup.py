@@ -6,6 +6,7 @@ Idempotent, and reported by the doctor.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ def install() -> list[str]:
         _repair_distributed_optimizer,
         _repair_distributed_order,
         _repair_half_precision_optimizer,
+        _repair_reshardable_state,
     )
     return [said for said in (part() for part in parts) if said]
 
@@ -82,7 +84,7 @@ def _repair_distributed_optimizer() -> str:
 
     DistributedOptimizer.state_dict = with_state
     DistributedOptimizer.load_state_dict = with_own_steps
-    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+    setattr(DistributedOptimizer, "_set_main_param_and_optimizer_states", with_step)  # noqa: B010  (another signature)
     setattr(DistributedOptimizer, _MARK, True)
     return said
 
@@ -146,4 +148,46 @@ def _repair_half_precision_optimizer() -> str:
     Optimizer.sharded_state_dict = with_every_parameter(Optimizer.sharded_state_dict)
     Optimizer.load_state_dict = with_every_parameter(Optimizer.load_state_dict)
     setattr(Optimizer, _MARK, True)
+    return said
+
+
+def _repair_reshardable_state() -> str:
+    """Let the distributed optimizer save the right states with `--dist-ckpt-optim-fully-reshardable`.
+
+    It packs the states of all gradient buckets without the padding at a bucket's end, but cuts the parameters out of
+    them at places that count the padding, so that behind a padded bucket every parameter gets its neighbour's states.
+    Pipelined models with tied embeddings have two buckets, and parameters of a few elements make padding likely.
+    Later releases fail where this one pads with zeros, by which they are told apart.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    said = "distributed optimizer: fully reshardable checkpoints hold each parameter's own states"
+    cut = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if hasattr(cut, _MARK):
+        return said
+    if "padded with zeros" not in inspect.getsource(cut):
+        return ""
+
+    def padded(self: Any, packed: Any) -> Any:
+        for index, buffer in enumerate(self.buffers if packed is not None else ()):
+            for states in packed[index].values():
+                for name, state in states.items():
+                    if torch.is_tensor(state):
+                        states[name] = whole = state.new_zeros(buffer.numel)
+                        parts = state.split([bucket.numel_unpadded for bucket in buffer.buckets])
+                        for bucket, part in zip(buffer.buckets, parts, strict=True):
+                            whole[bucket.offset : bucket.offset + part.numel()] = part
+        return packed
+
+    @functools.wraps(cut)
+    def from_padded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        collect = self.get_parameter_state_dp_zero
+        self.get_parameter_state_dp_zero = lambda *a, **k: padded(self, collect(*a, **k))
+        try:
+            return cut(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    setattr(from_padded, _MARK, True)
+    DistributedOptimizer.sharded_param_state_fully_reshardable = from_padded
     return said

@@ -6,17 +6,15 @@ a comparison that does not notice it proves nothing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megacontext_megatron.spans.metadata import SpanMetadata
-
-Carrying = AbstractContextManager[None]
 
 
 def spread_parameters() -> None:
@@ -75,10 +73,8 @@ def latest_plan() -> None:
         latest[:] = [spans.pack()]
         return spans
 
-    def read_late(
-        self: SpanSelfAttention, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any, **kwargs: Any
-    ) -> Any:
-        return real(self, hidden_states, *args, rotary_pos_emb=latest[0], **kwargs)
+    def read_late(self: SpanSelfAttention, *args: Any, **kwargs: Any) -> Any:
+        return real(self, *args, **{**kwargs, "rotary_pos_emb": latest[0]})
 
     _carry(keep)
     SpanSelfAttention.forward = read_late
@@ -156,11 +152,10 @@ def unmarked_norms() -> None:
 
     real = PortableNorm.__new__
 
-    def unmarked(cls: type, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        norm = real(cls, *args, **kwargs)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = False
-        return norm
+    def unmarked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        whole = copy.copy(config)
+        whole.sequence_parallel = False
+        return real(cls, whole, *args, **kwargs)
 
     PortableNorm.__new__ = unmarked
 
@@ -171,7 +166,7 @@ def _carry(change: Callable[[SpanMetadata], SpanMetadata]) -> None:
 
     real = SpanCarrier.carrying
 
-    def carrying(self: SpanCarrier, spans: SpanMetadata) -> Carrying:
+    def carrying(self: SpanCarrier, spans: SpanMetadata) -> Any:
         return real(self, change(spans))
 
     SpanCarrier.carrying = carrying

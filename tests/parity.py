@@ -24,7 +24,8 @@ STEPS = 20
 MOE_STEPS = 10
 TIMEOUT = 600.0
 
-Flags = Mapping[str, Any]
+Flags = dict[str, Any]
+"""Overrides of tests.tiny.tiny_flags."""
 
 MIXED: Flags = {
     "megacontext": True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def _final_gradients(read: Callable[[dict[str, Any]], dict[str, Any]]) -> Callab
     seen: list[dict[str, Any]] = []
     real = distributed.finalize_model_grads
 
-    def record(model: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+    def record(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
         real(model, *args, **kwargs)
         [stage] = model
         seen.append(read(dict(stage.named_parameters())))

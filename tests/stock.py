@@ -44,14 +44,14 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def datasets(sizes: Sequence[int | None]) -> Any:
+def datasets(sizes: list[int]) -> Any:
     """Build Megatron's GPT data sets at `--seq-length` tokens."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.training import get_args, get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    args = get_args()
+    args: Any = get_args()
     blend, per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -79,12 +79,13 @@ def model_provider(
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    args = get_args()
+    args: Any = get_args()
     config = config or core_transformer_config_from_args(args)
     config.finalize_model_grads_func = distributed.finalize_model_grads
+    layers: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization)
     return GPTModel(
         config,
-        get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization),
+        layers,
         args.padded_vocab_size,
         args.max_position_embeddings,
         pre_process=pre_process,

@@ -9,9 +9,9 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megacontext_megatron.attention.windows import window_of
 from megacontext_megatron.spans.context_parallel import gathered_order, zigzag_rows
 
 
@@ -29,8 +29,8 @@ class GatheredKeyAttention(DotProductAttention):
         single.context_parallel_size = 1
         single.window_size = None
         super().__init__(single, layer_number, *args, **kwargs)
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
-        self._look_back = config.window_size[0] if windowed else None
+        window = window_of(config, layer_number)
+        self._look_back = None if window is None else window[0]
         self._group = kwargs["pg_collection"].cp
 
     def forward(

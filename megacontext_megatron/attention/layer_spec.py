@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import cast
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megacontext_megatron.attention.core_attention import GatheredKeyAttention
 from megacontext_megatron.attention.norm import PortableNorm
 from megacontext_megatron.attention.self_attention import SpanSelfAttention
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
+from megacontext_megatron.attention.windows import window_of
 
 
 def decoder_block_spec(config: MegaContextTransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -23,7 +26,7 @@ def decoder_block_spec(config: MegaContextTransformerConfig, vp_stage: int | Non
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage
     )
-    spec.layer_specs = [_adapted(layer, config) for layer in spec.layer_specs]
+    spec.layer_specs = [_adapted(layer, config) for layer in spec.layer_specs or ()]
     if not use_te:
         spec.layer_norm = PortableNorm
     return spec
@@ -31,15 +34,17 @@ def decoder_block_spec(config: MegaContextTransformerConfig, vp_stage: int | Non
 
 def _adapted(layer: ModuleSpec, config: MegaContextTransformerConfig) -> ModuleSpec:
     layer = copy.deepcopy(layer)
-    parts, attention = layer.submodules, layer.submodules.self_attention
+    parts = cast(TransformerLayerSubmodules, layer.submodules)
+    attention = cast(ModuleSpec, parts.self_attention)
     if config.settings.gaussian is not None:
         attention.module = SpanSelfAttention
     if config.transformer_impl != "transformer_engine":
         parts.input_layernorm = parts.pre_mlp_layernorm = PortableNorm
-        if config.qk_layernorm and attention.submodules.q_layernorm is not IdentityOp:
-            attention.submodules.q_layernorm = attention.submodules.k_layernorm = PortableNorm
+        inner = cast(SelfAttentionSubmodules, attention.submodules)
+        if config.qk_layernorm and inner.q_layernorm is not IdentityOp:
+            inner.q_layernorm = inner.k_layernorm = PortableNorm
         if config.context_parallel_size > 1:
-            attention.submodules.core_attention = GatheredKeyAttention
+            inner.core_attention = GatheredKeyAttention
     return layer
 
 
@@ -70,9 +75,7 @@ def resolved_layers(config: MegaContextTransformerConfig) -> list[ResolvedLayer]
         ResolvedLayer(
             layer=number,
             encoding="none" if number in settings.no_rope_layers else settings.encoding,
-            window=config.window_size
-            if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, number)
-            else None,
+            window=window_of(config, number),
             bias=bias,
             backend=backend,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention
@@ -35,7 +35,7 @@ class SpanSelfAttention(SelfAttention):
         if self.layer_number not in settings.no_rope_layers:
             self.rotary = self._build_rotary(settings)
         if settings.gaussian is not None and settings.gaussian.log_width_bias:
-            scale = self.config.softmax_scale or 1.0 / math.sqrt(self.config.kv_channels)
+            scale = self.config.softmax_scale or 1.0 / math.sqrt(settings.rotary.head_dim)
             self.log_width_bias = LogWidthBias(scale, self._sum_over_ranks)
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class SpanSelfAttention(SelfAttention):
         assert gaussian is not None
         learnable = None
         if gaussian.learnable_sigma != "none":
-            groups = self.config.num_query_groups
+            groups = cast(int, self.config.num_query_groups)
             share = groups // group.size()
             local = slice(group.rank() * share, (group.rank() + 1) * share)
             learnable = LearnableSigma(
@@ -72,7 +72,7 @@ class SpanSelfAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Return the parent's tensors with q [s, b, np, hn] and k [s, b, ng, hn] finished."""
-        query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+        query, key, *rest = cast(tuple[Tensor, ...], super().get_query_key_value_tensors(*args, **kwargs))
         spans = self._spans
         assert spans is not None
         if query.shape[:2] != spans.start.shape:

@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+GREATEST_GAIN = 1024.0
+"""An average is scaled up by at most this factor; that of 1024 unrelated embeddings needs 32."""
+
 
 class Gister(Protocol):
     """Makes the next level from a level: the replaceable part of working-context assembly."""
@@ -33,5 +36,6 @@ def mean_gists(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Ten
     n, batch, hidden = below.shape
     mean = below.float().view(n // block_size, block_size, batch, hidden).mean(dim=1)
     target = rms.view(n // block_size, block_size, batch).mean(dim=1)
-    scale = target * torch.rsqrt(mean.square().mean(dim=-1).clamp_min(torch.finfo(torch.float32).tiny))
+    # The floor keeps the gradient finite where a block's embeddings all but cancel out.
+    scale = target / torch.maximum(embedding_rms(mean), target / GREATEST_GAIN)
     return (mean * scale.unsqueeze(-1)).to(below.dtype), target

@@ -50,6 +50,10 @@ def check_variants(identity: Tensor, variants: int) -> None:
     `identity` is int64 [b, 3] on the CPU, as WorkingContextDataset makes it.  Raises RuntimeError otherwise: the
     consumed samples are not a multiple of `--mc-variants`, or a sampler reordered the items.
     """
+    if len(identity) % variants:
+        raise RuntimeError(
+            f"a micro-batch of {len(identity)} contexts cannot hold --mc-variants {variants} of each sample"
+        )
     groups = identity.view(-1, variants, identity.shape[1])
     whole = (groups[:, :, 0] == groups[:, :1, 0]).all() and (groups[:, :, 1] == torch.arange(variants)).all()
     if not whole:

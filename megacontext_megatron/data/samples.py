@@ -16,6 +16,8 @@ from megacontext_megatron.config import ContextConfig
 
 Item = dict[str, torch.Tensor]
 
+ENDLESS = 2**40
+
 
 class RawDataset(Protocol):
     """What the wrapper reads: Megatron's GPT or blended data set built at sequence length C."""
@@ -24,7 +26,7 @@ class RawDataset(Protocol):
         """Return the number of raw samples."""
         ...
 
-    def __getitem__(self, index: int) -> Mapping[str, torch.Tensor]:
+    def __getitem__(self, index: int, /) -> Mapping[str, torch.Tensor]:
         """Return `tokens`, `labels` (int64 [C]) and `loss_mask` (fp32 [C])."""
         ...
 
@@ -51,20 +53,19 @@ class SampleIdentity:
 class WorkingContextDataset(Dataset[Item]):
     """Maps item i to (raw sample i div V, variant i mod V).
 
-    On pipeline stages that read no tokens `raw` is None and the items hold rows only; `raw_length` then says how many
-    raw samples there are.
+    On pipeline stages that read no tokens `raw` is None and the items hold rows only; there are then as many as
+    anybody asks for, because the stages that read tokens know where the data ends.
     """
 
     def __init__(
         self,
         raw: RawDataset | None,
-        raw_length: int,
         context: ContextConfig,
         identity: SampleIdentity,
         planner: RowPlanner,
     ) -> None:
         self._raw = raw
-        self._raw_length = raw_length if raw is None else len(raw)
+        self._raw_length = ENDLESS if raw is None else len(raw)
         self._context = context
         self._identity = identity
         self._planner = planner

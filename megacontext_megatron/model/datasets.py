@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from megatron.core import mpu
@@ -13,7 +13,7 @@ from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
 from megacontext_megatron.config import ContextConfig, Settings
-from megacontext_megatron.data.samples import SampleIdentity, WorkingContextDataset
+from megacontext_megatron.data.samples import RawDataset, SampleIdentity, WorkingContextDataset
 from megacontext_megatron.model.step import reads_tokens
 from megacontext_megatron.spans.plan import plan_rows
 
@@ -78,11 +78,16 @@ class DatasetProvider:
         first = mpu.get_tensor_model_parallel_rank() == 0
         kind = MockGPTDataset if self._args.mock_data else GPTDataset
         config = dataset_config(self._args, context)
-        raw = BlendedMegatronDatasetBuilder(kind, raw_sizes, lambda: first and reads, config).build()
-        eod = config.tokenizer.eod if context.eod_policy == "no-cross" else None
+        raw = BlendedMegatronDatasetBuilder(
+            kind,
+            raw_sizes,  # pyright: ignore[reportArgumentType]
+            lambda: first and reads,
+            config,
+        ).build()
+        eod = cast(Any, config.tokenizer).eod if context.eod_policy == "no-cross" else None
         identities = [SampleIdentity(seed=self._settings.seed, split=s.value, eod=eod) for s in Split]
         return tuple(
-            WorkingContextDataset(data, size or 0, context, identity, ContextPlanner(context))
+            WorkingContextDataset(cast(RawDataset | None, data), context, identity, ContextPlanner(context))
             if first and (data is not None if reads else bool(size))
             else None
             for data, size, identity in zip(raw, raw_sizes, identities, strict=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, scatter_to_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megacontext_megatron.attention.layer_spec import decoder_block_spec
@@ -38,7 +39,8 @@ class MegaContextGPTModel(GPTModel):
         """Return the loss of each row [b, s] where `labels` are given, else logits; as GPTModel does."""
         decoder_input = self.assemble(input_ids, spans) if self.pre_process else None
         with self.rotary_pos_emb.carrying(spans):
-            return super().forward(input_ids=input_ids, position_ids=None, decoder_input=decoder_input, **kwargs)
+            stage = {"input_ids": input_ids, "position_ids": None, "decoder_input": decoder_input}
+            return super().forward(**cast(dict[str, Any], stage), **kwargs)
 
     def assemble(self, input_ids: Tensor | None, spans: SpanMetadata) -> Tensor:
         """Return the decoder's input rows, [s, b, h], or this rank's part of them under sequence parallelism."""
@@ -54,7 +56,7 @@ class MegaContextGPTModel(GPTModel):
         if not self.config.sequence_parallel:
             return self.embedding.embedding_dropout(rows)
         rows = scatter_to_sequence_parallel_region(rows, group=self.pg_collection.tp)
-        with get_cuda_rng_tracker().fork():
+        with cast(Any, get_cuda_rng_tracker()).fork():
             return self.embedding.embedding_dropout(rows)
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +97,8 @@ def build_model(
     `stage` holds what Megatron's model provider is given (pre_process, post_process, vp_stage, pg_collection) and
     GPTModel's remaining arguments.
     """
-    spec = decoder_block_spec(config, stage.get("vp_stage"))
+    # GPTModel takes the spec of a block as well, which its annotation leaves out.
+    spec = cast(ModuleSpec, decoder_block_spec(config, stage.get("vp_stage")))
     if config.settings.gaussian is None:
         return GPTModel(config, spec, vocab_size, max_positions, **stage)
     return MegaContextGPTModel(

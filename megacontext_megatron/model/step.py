@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import mpu
@@ -16,6 +16,7 @@ from megacontext_megatron.data.batch import Batch, BatchLayout, broadcast_batch,
 from megacontext_megatron.data.samples import Item
 from megacontext_megatron.model.guard import GistGuard
 from megacontext_megatron.model.losses import Report, Targets, evaluation_report, row_sums, row_targets
+from megacontext_megatron.model.parallel_groups import tensor_parallel_group
 from megacontext_megatron.spans.context_parallel import slice_rows
 from megacontext_megatron.spans.metadata import SpanMetadata
 
@@ -55,7 +56,7 @@ class ForwardStep:
         """Run one micro-batch; returns the stage's output and the function that reduces it to a loss."""
         if return_schedule_plan:
             raise RuntimeError("--overlap-moe-expert-parallel-comm is not supported")
-        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        vp_stage = cast(int | None, get_attr_wrapped_model(model, "vp_stage"))
         self.timers("batch-generator", log_level=2).start()
         batch = self._next_batch(data_iterator, model, vp_stage)
         self.timers("batch-generator").stop()
@@ -78,7 +79,7 @@ class ForwardStep:
             item = next_item(iterator, context.variants)
             if self.guard is not None and model.training:
                 self.guard.count(item["level"])
-        return broadcast_batch(item, layout, mpu.get_tensor_model_parallel_group())
+        return broadcast_batch(item, layout, tensor_parallel_group())
 
     def _local_spans(self, batch: Batch) -> SpanMetadata:
         size, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()

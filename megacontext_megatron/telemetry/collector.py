@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -86,7 +87,7 @@ def sigma_table(
         for module in chunk.modules():
             rotary = getattr(module, "rotary", None)
             if isinstance(rotary, GaussianRotary) and rotary.sigma_scale is not None:
-                found[module.layer_number] = rotary.sigma_scale.all_scales()
+                found[cast(int, module.layer_number)] = rotary.sigma_scale.all_scales()
     groups = rotary_groups(found, pipeline)
     table = torch.zeros(num_layers, levels + 1, groups, device=torch.cuda.current_device())
     for layer, scales in found.items():
@@ -108,7 +109,7 @@ def sigma_interval(table: Tensor | None, settings: Settings) -> Interval:
     scalars: dict[str, float] = {}
     histograms: dict[str, Tensor] = {}
     context, gaussian = settings.context, settings.gaussian
-    if gaussian is None:
+    if gaussian is None or not settings.megacontext:
         return Interval(scalars=scalars, histograms=histograms)
     for level in range(1, context.max_level + 1):
         base = base_sigma(torch.tensor(context.block_size**level), gaussian.sigma)

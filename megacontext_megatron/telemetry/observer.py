@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from megatron.core import mpu
 from torch import Tensor
 
 from megacontext_megatron.config import Settings
 from megacontext_megatron.model.losses import variant_names
+from megacontext_megatron.model.parallel_groups import pipeline_group, row_group
 from megacontext_megatron.telemetry.collector import Interval, RowSums, row_scalars, sigma_interval, sigma_table
 from megacontext_megatron.telemetry.sinks import Sinks
 
@@ -44,8 +44,8 @@ class TrainingObserver:
     @torch.no_grad()
     def _report(self, model: Sequence[torch.nn.Module], iteration: int) -> None:
         settings = self._settings
-        table = sigma_table(model, settings, self._args.num_layers, mpu.get_pipeline_model_parallel_group())
-        sums = self._rows.reduced(mpu.get_data_parallel_group(with_context_parallel=True))
+        table = sigma_table(model, settings, self._args.num_layers, pipeline_group())
+        sums = self._rows.reduced(row_group())
         steps, self._steps = self._steps, 0
         if not sums or self._args.rank != self._args.world_size - 1:
             return

@@ -31,6 +31,13 @@ TP = {"tensor_model_parallel_size": 2}
 TP_SP = {**TP, "sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 CP = {"context_parallel_size": 2}
+NO_STEP = {
+    "train_iters": MIDDLE,
+    "save_interval": 1000,
+    "eval_iters": 0,
+    "use_checkpoint_opt_param_scheduler": True,
+}
+"""Overrides with which a run loads the checkpoint of the middle and saves it again."""
 DIST_OPT = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
 
 
@@ -114,19 +121,17 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(small_run, corp
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("there", "ranks"), [(TP, 2), (TP_SP, 2), (PP, 2), (CP, 2), ({}, 2)], ids=["tp", "sp", "pp", "cp", "dp"]
-)
-def test_a_checkpoint_survives_another_layout_and_goes_on_there(small_run, corpus, saved, tmp_path, there, ranks):
+@pytest.mark.parametrize("there", [TP, TP_SP, PP, CP, {}], ids=["tp", "sp", "pp", "cp", "dp"])
+def test_a_checkpoint_survives_another_layout_and_goes_on_there(small_run, corpus, tmp_path, there):
+    saved = small_run.save_dir
     whole = tensors(saved, MIDDLE, tmp_path)
     moved, back = tmp_path / "moved", tmp_path / "back"
-    stop = {"train_iters": MIDDLE, "save_interval": 1000, "lr_decay_iters": END, "eval_iters": 0}
-    small_training(corpus, tmp_path / "there", ranks, load=saved, ckpt_step=MIDDLE, save=moved, **stop, **there).check()
+    small_training(corpus, tmp_path / "there", 2, load=saved, ckpt_step=MIDDLE, save=moved, **NO_STEP, **there).check()
     assert tensors(moved, MIDDLE, tmp_path) == whole
-    small_training(corpus, tmp_path / "back", load=moved, save=back, **stop).check()
+    small_training(corpus, tmp_path / "back", load=moved, save=back, **NO_STEP).check()
     assert tensors(back, MIDDLE, tmp_path) == whole
-    on = {"eval_iters": 0, "lr_decay_iters": END}
-    there_on = small_training(corpus, tmp_path / "on", ranks, load=saved, ckpt_step=MIDDLE, **on, **there).check()
+    on = {"eval_iters": 0}
+    there_on = small_training(corpus, tmp_path / "on", 2, load=saved, ckpt_step=MIDDLE, **on, **there).check()
     assert largest(there_on.losses, small_run.losses[MIDDLE:]) <= LOSS_TOLERANCE
     assert largest(there_on.grad_norms, small_run.grad_norms[MIDDLE:]) <= GRAD_NORM_TOLERANCE
     back_on = small_training(corpus, tmp_path / "home", load=back, **on).check()
@@ -136,7 +141,7 @@ def test_a_checkpoint_survives_another_layout_and_goes_on_there(small_run, corpu
 @pytest.mark.full
 def test_the_distributed_optimizer_goes_from_data_to_pipeline_ranks_and_back(corpus, tmp_path):
     first, moved, back = (tmp_path / name for name in ("first", "moved", "back"))
-    quick = {**DIST_OPT, "eval_iters": 0, "lr_decay_iters": END}
+    quick = {**DIST_OPT, "eval_iters": 0}
     whole = small_training(corpus, tmp_path / "dp", 2, fresh=True, save=first, **quick).check()
     resumed = small_training(corpus, tmp_path / "dp2", 2, load=first, ckpt_step=MIDDLE, **quick).check()
     assert resumed.losses == whole.losses[MIDDLE:]
@@ -144,13 +149,33 @@ def test_the_distributed_optimizer_goes_from_data_to_pipeline_ranks_and_back(cor
     in_stages = small_training(corpus, tmp_path / "pp", 2, load=first, ckpt_step=MIDDLE, **quick, **PP).check()
     assert largest(in_stages.losses, whole.losses[MIDDLE:]) <= LOSS_TOLERANCE
     assert largest(in_stages.grad_norms, whole.grad_norms[MIDDLE:]) <= GRAD_NORM_TOLERANCE
-    stop = {**quick, "train_iters": MIDDLE, "save_interval": 1000}
-    small_training(corpus, tmp_path / "there", 2, load=first, ckpt_step=MIDDLE, save=moved, **stop, **PP).check()
-    small_training(corpus, tmp_path / "home", 2, load=moved, save=back, **stop).check()
+    still = {**DIST_OPT, **NO_STEP}
+    small_training(corpus, tmp_path / "there", 2, load=first, ckpt_step=MIDDLE, save=moved, **still, **PP).check()
+    small_training(corpus, tmp_path / "home", 2, load=moved, save=back, **still).check()
     expected = tensors(first, MIDDLE, tmp_path)
     assert f"optimizer.state.exp_avg.{SIGMA}" in expected
     assert tensors(moved, MIDDLE, tmp_path) == expected
     assert tensors(back, MIDDLE, tmp_path) == expected
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"use_distributed_optimizer": True},
+        {"use_distributed_optimizer": True, "bf16": True},
+        {**DIST_OPT, "bf16": True},
+        {**DIST_OPT, **PP, "num_layers": 4, "num_layers_per_virtual_pipeline_stage": 1},
+        {"bf16": True, **TP_SP},
+    ],
+    ids=["dp", "dp-half", "reshardable-half", "virtual-stages", "sp-half"],
+)
+def test_a_layout_resumes_itself_bit_for_bit(corpus, tmp_path, layout):
+    quick = {**layout, "eval_iters": 0}
+    whole = small_training(corpus, tmp_path / "whole", 2, fresh=True, save=tmp_path / "saved", **quick).check()
+    resumed = small_training(corpus, tmp_path / "on", 2, load=tmp_path / "saved", ckpt_step=MIDDLE, **quick).check()
+    assert resumed.losses == whole.losses[MIDDLE:]
+    assert resumed.grad_norms == whole.grad_norms[MIDDLE:]
 
 
 @pytest.mark.full
@@ -324,10 +349,9 @@ def test_a_stock_checkpoint_is_refused_or_finetuned(rope_run, corpus, tmp_path):
 
 
 def test_missing_checkpoints_are_refused(corpus, saved, tmp_path):
-    broken, gone, empty, foreign, release = (
-        tmp_path / f"at-{name}" for name in ("broken", "gone", "empty", "foreign", "release")
-    )
-    for folder, word in ((broken, "soon"), (gone, "7"), (empty, None), (foreign, "3"), (release, "release")):
+    words = {"broken": "soon", "gone": "7", "empty": None, "foreign": "3", "release": "release"}
+    broken, gone, empty, foreign, release = (tmp_path / f"at-{name}" for name in words)
+    for folder, word in zip((broken, gone, empty, foreign, release), words.values(), strict=True):
         folder.mkdir()
         if word is not None:
             (folder / TRACKER).write_text(word)
@@ -378,8 +402,8 @@ def test_a_first_launch_that_saves_where_it_loads_from_is_let_through(corpus, sa
 
 @pytest.mark.full
 def test_a_job_that_loads_from_where_it_saves_starts_then_resumes(small_run, corpus, tmp_path):
-    own = {"load": tmp_path / "own", "save": tmp_path / "own", "eval_iters": 0, "lr_decay_iters": END}
-    first = small_training(corpus, tmp_path / "1", fresh=True, train_iters=MIDDLE, **own).check()
+    own = {"load": tmp_path / "own", "save": tmp_path / "own", "eval_iters": 0}
+    first = small_training(corpus, tmp_path / "1", fresh=True, exit_interval=MIDDLE, **own).check()
     second = small_training(corpus, tmp_path / "2", **own).check()
     assert first.losses + second.losses == small_run.losses
     assert [line["iteration"] for line in second.metrics] == [1, 2, 3, 4]
@@ -387,13 +411,14 @@ def test_a_job_that_loads_from_where_it_saves_starts_then_resumes(small_run, cor
 
 @pytest.mark.full
 def test_a_pretrained_checkpoint_starts_a_run_that_resumes_itself(corpus, saved, tmp_path):
-    quick = {"eval_iters": 0, "train_iters": MIDDLE, "lr_decay_iters": END}
-    tuned = small_training(corpus, tmp_path / "tuned", load=saved, finetune=True, **quick).check()
-    own = {"load": tmp_path / "own", "save": tmp_path / "own", "pretrained_checkpoint": saved, **quick}
-    first = small_training(corpus, tmp_path / "1", **own).check()
+    stopped = {"eval_iters": 0, "exit_interval": MIDDLE}
+    tuned = small_training(corpus, tmp_path / "tuned", load=saved, finetune=True, **stopped).check()
+    own = {"load": tmp_path / "own", "save": tmp_path / "own", "pretrained_checkpoint": saved, "eval_iters": 0}
+    first = small_training(corpus, tmp_path / "1", exit_interval=MIDDLE, **own).check()
+    assert len(first.losses) == MIDDLE
     assert first.losses == tuned.losses
     assert [line["consumed_samples"] for line in first.metrics] == [8, 16]
-    second = small_training(corpus, tmp_path / "2", **{**own, "train_iters": END}).check()
+    second = small_training(corpus, tmp_path / "2", **own).check()
     assert [line["iteration"] for line in second.metrics[2:]] == [3, 4]
     other = small_flags(corpus, **{**own, "mc_variants": 1})
     assert "--mc-variants: checkpoint 2, this run 1" in refusal(parse_only([other], tmp_path / "3")[0])
@@ -413,7 +438,7 @@ def test_vocabularies_padded_differently_are_refused(corpus, saved, tmp_path):
 
 
 def damage(key: str, how: str) -> None:
-    """Let the state that Megatron read from a checkpoint lose a key, hold it under another name, or hold other values."""
+    """Let the state that Megatron read from a checkpoint lose a key, or hold it under another name."""
     from megatron.training import checkpointing
 
     real = checkpointing._load_base_checkpoint

@@ -94,7 +94,7 @@ POSITIONAL_TOLERANCE = 1e-4
 Routing = dict[str, list[str]]
 
 
-@pytest.mark.parametrize("layout", (*DENSE, *RECOMPUTED, *OTHER_FAMILIES), ids=str)
+@pytest.mark.parametrize("layout", [*DENSE, *RECOMPUTED, *OTHER_FAMILIES], ids=str)
 def test_agrees_with_one_process(references: References, tmp_path: Path, layout: Layout) -> None:
     references.agrees(layout, tmp_path)
 

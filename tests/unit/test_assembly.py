@@ -1,5 +1,7 @@
 """Assembly against a loop over rows in float64: which embedding every row is, and what it depends on."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -72,9 +74,9 @@ def planned(context: ContextConfig, raw: int, seed: int = 1) -> SpanMetadata:
     return SpanMetadata.of_nodes(start, level, context.block_size)
 
 
-def small(variants: int = 1, **changes: object) -> ContextConfig:
+def small(variants: int = 1, **changes: Any) -> ContextConfig:
     """Return a context whose plans have rows of all three levels: 42 tokens in 20 rows, K = 3."""
-    settings = {"window": 20, "source_length": 42, "block_size": 3, "recent_tokens": 4, "horizon": 2}
+    settings: dict[str, Any] = {"window": 20, "source_length": 42, "block_size": 3, "recent_tokens": 4, "horizon": 2}
     return ContextConfig(**(settings | {"variants": variants, "level2_prob": 0.6} | changes))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def remainder(context: ContextConfig) -> int:
 
 
 @st.composite
-def contexts(draw: st.DrawFn, **fixed: object) -> ContextConfig:
+def contexts(draw: st.DrawFn, **fixed: Any) -> ContextConfig:
     """Draw a context of few tokens that some plan can satisfy, near and far from its limits alike."""
     k = draw(st.integers(2, 6))
     max_level = draw(st.sampled_from([1, 2, 2, 2]))
@@ -71,7 +72,7 @@ def contexts(draw: st.DrawFn, **fixed: object) -> ContextConfig:
     eligible = range(-(-dropped // k), (source - recent) // k)
     supers = [n for n in range(source // k**2) if n * k in eligible and n * k + k - 1 in eligible]
     merges = draw(st.integers(1, len(eligible) + (len(supers) if max_level == 2 else 0)))
-    settings = {
+    settings: dict[str, Any] = {
         "variants": draw(st.integers(1, 3)),
         "plan": draw(st.sampled_from(MIXING)),
         "level2_prob": draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
@@ -163,7 +164,7 @@ def test_incomplete_first_block_stays_tokens(context: ContextConfig, key: Key):
     assert (plan.level[in_first_super] < 2).all()
 
 
-def every_shape() -> Iterator[dict[str, int]]:
+def every_shape() -> Iterator[dict[str, Any]]:
     for k, most_blocks in ((2, 9), (3, 10), (4, 9), (5, 6)):
         for source in range(0, k * most_blocks + 1, k):
             for window in range(1, source + 2):
@@ -303,7 +304,7 @@ def test_no_cross_leaves_out_as_few_tokens_as_possible(context: ContextConfig, k
 
 
 def test_no_cross_collapses_a_block_that_ends_a_document():
-    shape = {"window": 9, "source_length": 12, "block_size": 4, "recent_tokens": 8, "horizon": 1}
+    shape: dict[str, Any] = {"window": 9, "source_length": 12, "block_size": 4, "recent_tokens": 8, "horizon": 1}
     context = ContextConfig(**shape, eod_policy="no-cross")
     assert rows_of(plan_rows(context, (1, 0, 0, 0), np.array([3]))) == ([0, *range(4, 12)], [1, *[0] * 8])
     inside = plan_rows(context, (1, 0, 0, 0), np.array([2]))
