@@ -144,12 +144,16 @@ REFUSALS = (
     Refusal(
         flag="--dataloader-inter-document-masking", asked=_given("dataloader_inter_document_masking"), why=_WHOLE_ROWS
     ),
+    Refusal(
+        flag="--logits-load-dir", asked=_given("logits_load_dir"), why="cached logits belong to slots, not to rows"
+    ),
     Refusal(flag="--sft", asked=_given("sft"), why="packed fine-tuning samples have no source tokens to collapse"),
     Refusal(flag="--fim-data", asked=_given("fim_data"), why="fill-in-the-middle reorders the tokens blocks stand for"),
     Refusal(flag="--perform-rl-step", asked=_given("perform_rl_step"), why="its samples are not working contexts"),
     Refusal(flag="--cuda-graph-impl", asked=lambda a: getattr(a, "cuda_graph_impl", "none") != "none", why=_GRAPHS),
     Refusal(flag="--enable-cuda-graph", asked=_given("enable_cuda_graph"), why=_GRAPHS),
     Refusal(flag="--external-cuda-graph", asked=_given("external_cuda_graph"), why=_GRAPHS),
+    Refusal(flag="--optimizer-cuda-graph", asked=_given("optimizer_cuda_graph"), why=_GRAPHS),
     Refusal(
         flag="--overlap-moe-expert-parallel-comm",
         asked=_given("overlap_moe_expert_parallel_comm"),

@@ -25,6 +25,7 @@ from megacontext_megatron.model.datasets import DatasetProvider
 from megacontext_megatron.model.gpt import build_model
 from megacontext_megatron.model.guard import GistGuard
 from megacontext_megatron.model.step import ForwardStep
+from megacontext_megatron.model.validation import loss_checks
 from megacontext_megatron.retrofit.checkpoint import check_checkpoint, require_checkpoint, restore_settings
 from megacontext_megatron.telemetry.observer import TrainingObserver
 from megacontext_megatron.telemetry.sinks import Sinks
@@ -156,6 +157,7 @@ class Run:
             timers=get_timers(),
             observe=self._observer.hear,
             guard=GistGuard(settings.context, get_num_microbatches()) if mixes else None,
+            check=loss_checks(not_finite=args.check_for_nan_in_loss_and_grad, spiky=args.check_for_spiky_loss),
         )
         self.forward_step = self._step.__call__
 

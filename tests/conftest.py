@@ -68,11 +68,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def references(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> "References":
-    """The one-process runs that layouts are compared with, each made when it is first needed."""
+def references(tmp_path_factory: pytest.TempPathFactory) -> "References":
+    """The one-process runs that layouts are compared with, each made when it is first needed.
+
+    They read the corpus cut into paragraphs, so that most samples hold ends of documents.
+    """
     from tests.parity import References
 
-    return References(corpus, tmp_path_factory.mktemp("references"))
+    folder = tmp_path_factory.mktemp("references")
+    call(write_corpus, {"prefix": str(folder / "paragraphs"), "separator": "\n\n"}, workdir=folder).check()
+    return References(folder / "paragraphs", folder)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ MODULES = (
 )  # fmt: skip
 
 
-def write_corpus(prefix: str) -> int:
-    """Write ``prefix``.bin and .idx, one document a module; return the number of tokens.
+def write_corpus(prefix: str, separator: str | None = None) -> int:
+    """Write ``prefix``.bin and .idx, one document a module or a separated part of one; return the number of tokens.
 
     A token is a byte as uint16, and every document ends with EOD.
     """
@@ -24,8 +24,9 @@ def write_corpus(prefix: str) -> int:
     tokens = 0
     for module in MODULES:
         text = (library / f"{module}.py").read_bytes()
-        document = torch.tensor([*text, EOD])
-        builder.add_document(document, [len(document)])
-        tokens += len(document)
+        for part in text.split(separator.encode()) if separator else [text]:
+            document = torch.tensor([*part, EOD])
+            builder.add_document(document, [len(document)])
+            tokens += len(document)
     builder.finalize(prefix + ".idx")
     return tokens

@@ -139,6 +139,13 @@ def unshifted_labels() -> None:
     step.row_targets = lambda text, mask, spans: real(text.roll(1, dims=1), mask, spans)
 
 
+def locally_averaged_loss() -> None:
+    """Divide the loss by the number of targets that one context-parallel rank happens to hold."""
+    from megacontext_megatron.model import step
+
+    step._over_context_parallel = lambda total, count: (total, count)
+
+
 def unsummed_positional_gradients() -> None:
     """Leave a positional parameter's gradient at what one tensor-parallel rank's heads give."""
     from megacontext_megatron.attention import self_attention

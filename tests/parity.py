@@ -66,7 +66,7 @@ FAMILIES: Mapping[str, Flags] = {
     "windowed": MIXED
     | LEVEL
     | {"window_size": "16,0", "window_attn_skip_freq": "([1]*3+[0]*1)", "no_rope_freq": "([0]*3+[1]*1)"},
-    "no-cross": MIXED | LEVEL | {"mc_eod_policy": "no-cross", "mc_plan": "mix"},
+    "documents": MIXED | LEVEL | {"mc_eod_policy": "no-cross", "mc_plan": "mix", "eod_mask_loss": True},
     "moe": MIXED | LEVEL | MOE,
 }
 """Models and contexts that share a checkpoint and a one-process run."""

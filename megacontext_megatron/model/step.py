@@ -37,8 +37,8 @@ def reads_tokens(settings: Settings, vp_stage: int | None) -> bool:
 class ForwardStep:
     """Megatron's `forward_step_func` for working contexts; call it with a data iterator and a model.
 
-    `observe` receives the detached row sums of every training micro-batch on the last stage.  `timers` is
-    Megatron's, whose `batch-generator` timer it runs.
+    `observe` receives the detached row sums of every training micro-batch on the last stage, `check` every loss.
+    `timers` is Megatron's, whose `batch-generator` timer it runs.
     """
 
     settings: Settings
@@ -48,6 +48,7 @@ class ForwardStep:
     timers: Any
     observe: Observer | None = None
     guard: GistGuard | None = None
+    check: Callable[[Tensor], None] | None = None
     _masks: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(
@@ -113,6 +114,8 @@ class ForwardStep:
             total = (losses.float() * targets.mask).sum()
             count = targets.mask.sum()
             report = {"lm loss": torch.stack([total.detach(), count])}
+            if self.check is not None:
+                self.check(total)
             total, count = _over_context_parallel(total, count)
             sums = row_sums(losses, targets, spans, context)
             if not training:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megacontext_megatron.telemetry import names
-from megacontext_megatron.telemetry.collector import Interval
+
+if TYPE_CHECKING:
+    # The collector needs torch, which the commands that read metrics must not load before their environment is set.
+    from megacontext_megatron.telemetry.collector import Interval
 
 METRICS_FILE = "metrics.jsonl"
 

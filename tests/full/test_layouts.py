@@ -59,8 +59,9 @@ OTHER_FAMILIES = (
     Layout(name="log-width bias, TP2", ranks=2, flags=TP, family="log-width"),
     Layout(name="log-width bias, TP2+SP, full recompute", ranks=2, flags=TP_SP | FULL_RECOMPUTE, family="log-width"),
     Layout(name="log-width bias, CP2", ranks=2, flags=CP, family="log-width"),
-    Layout(name="no-cross, PP4", ranks=4, flags={"pipeline_model_parallel_size": 4}, family="no-cross"),
-    Layout(name="no-cross, CP2", ranks=2, flags=CP, family="no-cross"),
+    Layout(name="documents, PP4", ranks=4, flags={"pipeline_model_parallel_size": 4}, family="documents"),
+    Layout(name="documents, CP2", ranks=2, flags=CP, family="documents"),
+    Layout(name="documents, DP2", ranks=2, family="documents"),
 )
 MOE = (
     Layout(name="EP2", ranks=2, flags=EP, family="moe"),
@@ -81,7 +82,17 @@ FAULTS = (
     (mutations.unmarked_norms, DENSE[1]),
     (mutations.unsummed_positional_gradients, DENSE[0]),
     (mutations.unsummed_positional_gradients, OTHER_FAMILIES[3]),
+    (mutations.locally_averaged_loss, Layout(name="documents, CP2", ranks=2, flags=CP, family="documents")),
 )
+
+SETTINGS = (
+    ("windowed", {"window_size": None, "window_attn_skip_freq": None}),
+    ("documents", {"eod_mask_loss": None}),
+    ("documents", {"mc_eod_policy": "ignore"}),
+    ("documents", {"mc_plan": "random"}),
+    ("moe", {"moe_router_bias_update_rate": 0.0}),
+)
+"""What a family has over others, taken away."""
 
 POSITIONAL = tuple(
     Layout(name=f"{family}, {name}", ranks=2, flags=flags, family=family)
@@ -121,20 +132,27 @@ def beside(*ranks: Routing) -> Routing:
 
 
 def test_routing_is_worth_comparing(references: References, tmp_path: Path) -> None:
-    """Three layers choose two of four experts, each pair somewhere, and otherwise without centres or the bias."""
+    """Three layers choose two of four experts, each pair somewhere, and otherwise without centres."""
     [chosen] = references.one_process("moe").values
     assert chosen.keys() == {"2", "3", "4"}
     assert {row for layer in chosen.values() for rows in layer for row in rows} == set("3569ac")
     layout = dataclasses.replace(ONE, family="moe")
     flat = references.train(layout, tmp_path / "mu", steps=1, before=_recorded_without_centres).check()
     assert flat.values[0]["2"][0] != chosen["2"][0]
-    unbiased = dataclasses.replace(layout, flags={"moe_router_bias_update_rate": 0.0})
-    assert references.compared(unbiased, tmp_path / "bias", steps=MOE_STEPS).loss > parity.LOSS_TOLERANCE * 100
 
 
 def _recorded_without_centres() -> Callable[[], Any]:
     mutations.zero_centres()
     return recording.routing()
+
+
+@pytest.mark.parametrize(
+    ("family", "without"), SETTINGS, ids=[f"{family}, {' '.join(without)}" for family, without in SETTINGS]
+)
+def test_setting_is_worth_comparing(references: References, tmp_path: Path, family: str, without: parity.Flags) -> None:
+    """A layout that ignored one of a family's settings would not agree."""
+    layout = Layout(name=f"{family} without {', '.join(without)}", family=family, flags=without)
+    assert references.compared(layout, tmp_path, steps=FAULT_STEPS).excess() > CLEARLY
 
 
 @pytest.mark.parametrize(("fault", "layout"), FAULTS, ids=[f"{fault.__name__}, {layout}" for fault, layout in FAULTS])

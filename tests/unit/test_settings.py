@@ -1,0 +1,233 @@
+"""Command lines become settings, or are refused by name, through Megatron's own parser and validation."""
+
+import dataclasses
+
+import pytest
+
+from megacontext_megatron.arguments import REFUSALS, SPAN_REFUSALS, ContextFlags, PositionFlags
+from megacontext_megatron.config import ContextConfig, GaussianRopeConfig, RotaryConfig, Settings
+from tests.small import TOKENS_ONLY, parse_only, refusal, small_flags
+
+DOCUMENTS = {
+    "MTP": [["--mtp-num-layers", "1"]],
+    "--reset-position-ids": [["--reset-position-ids"]],
+    "--reset-attention-mask": [["--reset-attention-mask"]],
+    "packing/SFT": [["--sft"], ["--dataloader-inter-document-masking"]],
+    "FIM": [["--fim-data"]],
+    "CUDA graphs": [
+        ["--cuda-graph-impl", "local"],
+        ["--cuda-graph-impl", "transformer_engine"],
+        ["--cuda-graph-impl", "full_iteration"],
+        ["--enable-cuda-graph"],
+        ["--external-cuda-graph"],
+        ["--optimizer-cuda-graph"],
+    ],
+    "MoE communication overlap": [["--overlap-moe-expert-parallel-comm"]],
+    "FSDP": [["--use-megatron-fsdp"], ["--use-torch-fsdp2"]],
+    "HybridModel": [["--hybrid-layer-pattern", "M*"], ["--hybrid-override-pattern", "M*"], ["--is-hybrid-model"]],
+    "MLA": [["--multi-latent-attention"]],
+    "flash decode": [["--flash-decode"]],
+    "--fused-single-qkv-rope": [["--fused-single-qkv-rope"]],
+    "cyclic and external data loaders": [["--dataloader-type", "cyclic"], ["--dataloader-type", "external"]],
+    "--full-validation": [["--full-validation"]],
+    "--multiple-validation-sets": [["--multiple-validation-sets"]],
+    "--hybrid-context-parallel": [["--hybrid-context-parallel"]],
+    "--phase-transition-iterations": [["--phase-transition-iterations", "2,4"]],
+}
+"""What the documents contract refuses until a test of that layout proves it, each with the ways to ask for it."""
+
+OTHERS = [
+    ["--perform-rl-step"],
+    ["--logits-load-dir", "logits"],
+    ["--heterogeneous-layers-config-path", "layers.json"],
+    ["--heterogeneous-layers-config-encoded-json", "{}"],
+    ["--experimental-attention-variant", "dsa"],
+    ["--spec", "some.module", "spec"],
+    ["--qk-l2-norm"],
+    ["--use-kitchen-attention"],
+    ["--kitchen-config-file", "recipe.yaml"],
+    ["--kitchen-recipe-number", "1"],
+    ["--dynamic-context-parallel"],
+    ["--ckpt-format", "torch"],
+    ["--ckpt-format", "torch_dcp"],
+    ["--yaml-cfg", "run.yaml"],
+]
+WITH_SPANS = [["--transformer-impl", "transformer_engine"], ["--apply-layernorm-1p"]]
+
+NOT_IN_MEGATRON = {
+    "--fused-single-qkv-rope",
+    "--dynamic-context-parallel",
+    "--kitchen-config-file",
+    "--kitchen-recipe-number",
+}
+"""Flags of other releases, or of packages that are not installed: the parser itself refuses them by name."""
+
+CHANGED = {
+    "mc_source_length": 1024,
+    "mc_variants": 4,
+    "mc_block_size": 16,
+    "mc_max_level": 1,
+    "mc_recent_tokens": 32,
+    "mc_horizon": 8,
+    "mc_plan": "heuristic",
+    "mc_level2_prob": 0.75,
+    "mc_eod_policy": "no-cross",
+    "gaussian_rope_sigma": "width",
+    "gaussian_rope_learnable_sigma": "head",
+    "gaussian_rope_sides": "k",
+    "gaussian_rope_renorm": "rms",
+    "gaussian_rope_phase": "megatron",
+    "gaussian_rope_log_width_bias": True,
+}
+"""Another value than the small run's for every flag that becomes a setting."""
+
+NEEDED = {
+    "mc_variants": {"micro_batch_size": 4},
+    "mc_max_level": {"mc_source_length": 256},
+    "mc_block_size": {"mc_max_level": 2, "mc_source_length": 768},
+}
+"""What else must change with a flag for its value to be possible."""
+
+
+@pytest.fixture(scope="module")
+def outcomes(corpus, tmp_path_factory):
+    """Try command lines in one process: the small run's with overrides, and the same with more words behind it."""
+
+    def attempt(*cases, more=((),)):
+        whole = [[*small_flags(corpus, **overrides), *words] for overrides in cases for words in more]
+        return parse_only(whole, tmp_path_factory.mktemp("parse"))
+
+    return attempt
+
+
+def by_name(outcome, line):
+    """Return how a command line was refused, which must be by the name of its first flag."""
+    said = refusal(outcome)
+    if line[0] in NOT_IN_MEGATRON:
+        assert f"error: unrecognized arguments: {line[0]}" in said
+    else:
+        assert said.startswith(f"error: {line[0]} ")
+        assert " not supported" in said
+        assert said.endswith(".")
+    return said
+
+
+@pytest.mark.parametrize("encoding", ["gaussian_rope", "rope"])
+def test_every_entry_of_the_documents_contract_is_refused_by_name(outcomes, encoding):
+    ours = encoding == "gaussian_rope"
+    lines = [line for entry in DOCUMENTS.values() for line in (entry if ours else entry[:1])]
+    overrides = {} if ours else {**TOKENS_ONLY, "position_embedding_type": encoding}
+    accepted, *refused = outcomes(overrides, more=[[], *lines])
+    assert accepted["code"] == 0, accepted["err"]
+    for outcome, line in zip(refused, lines, strict=True):
+        by_name(outcome, line)
+
+
+def test_every_other_refusal_is_by_name(outcomes):
+    lines = [*OTHERS, *WITH_SPANS]
+    for outcome, line in zip(outcomes({"ckpt_format": None}, more=lines), lines, strict=True):
+        by_name(outcome, line)
+
+
+def test_refusals_with_spans_leave_stock_encodings_alone(outcomes):
+    stock = {**TOKENS_ONLY, "position_embedding_type": "rope", "normalization": "LayerNorm"}
+    assert outcomes(stock, more=[["--apply-layernorm-1p"]])[0]["code"] == 0
+
+
+def test_every_refusal_is_tried_and_can_happen():
+    tried = {line[0] for entry in DOCUMENTS.values() for line in entry} | {line[0] for line in OTHERS + WITH_SPANS}
+    assert {entry.flag for entry in (*REFUSALS, *SPAN_REFUSALS)} <= tried
+
+
+def test_flags_become_settings(outcomes):
+    (outcome,) = outcomes({})
+    expected = Settings(
+        encoding="gaussian_rope",
+        rotary=RotaryConfig(head_dim=8),
+        context=ContextConfig(
+            window=64,
+            source_length=512,
+            variants=2,
+            block_size=8,
+            max_level=2,
+            recent_tokens=16,
+            horizon=16,
+            plan="random",
+            level2_prob=0.3,
+            eod_policy="ignore",
+        ),
+        gaussian=GaussianRopeConfig(learnable_sigma="level"),
+        megacontext=True,
+        seed=1234,
+    )
+    assert outcome["settings"] == repr(expected)
+
+
+def test_every_flag_of_the_plugin_changes_the_settings(outcomes):
+    fields = {field.name for kind in (ContextFlags, PositionFlags) for field in dataclasses.fields(kind)}
+    assert fields - set(CHANGED) == {"megacontext", "mc_encoding"}
+    changes = [{**NEEDED.get(name, {}), name: value} for name, value in CHANGED.items()]
+    found = outcomes(*(NEEDED.get(name, {}) for name in CHANGED), *changes)
+    for name, before, after in zip(CHANGED, found[: len(CHANGED)], found[len(CHANGED) :], strict=True):
+        assert before["code"] == after["code"] == 0, after["err"]
+        assert before["settings"] != after["settings"]
+        short = name.removeprefix("mc_").removeprefix("gaussian_rope_")
+        assert f"{short}={CHANGED[name]!r}" in after["settings"]
+
+
+def test_flags_of_megatron_that_positions_read_become_settings(outcomes):
+    changed = {
+        "--rotary-base 500": "base=500",
+        "--rotary-percent 0.5": "percent=0.5",
+        "--rotary-interleaved": "interleaved=True",
+        "--rotary-seq-len-interpolation-factor 4": "interpolation=4",
+        "--use-rope-scaling --rope-scaling-factor 2.0": "llama3_factor=2.0",
+        "--kv-channels 16": "head_dim=16",
+        "--seed 7": "seed=7",
+        "--no-rope-freq 2": "no_rope_layers=(2,)",
+        "--no-rope-freq [1,0]": "no_rope_layers=(1,)",
+    }
+    found = outcomes({}, more=[flags.split() for flags in changed])
+    for expected, outcome in zip(changed.values(), found, strict=True):
+        assert expected in outcome["settings"], outcome["err"]
+
+
+def test_stock_encodings_have_no_gaussian_settings(outcomes):
+    encodings = ("rope", "learned_absolute", "none")
+    cases = [{**TOKENS_ONLY, "position_embedding_type": encoding} for encoding in encodings]
+    for encoding, outcome in zip(encodings, outcomes(*cases), strict=True):
+        assert f"encoding='{encoding}'" in outcome["settings"]
+        assert "gaussian=None" in outcome["settings"]
+        assert "context=ContextConfig(window=64, source_length=64, variants=1" in outcome["settings"]
+
+
+def test_flags_without_effect_are_refused(outcomes):
+    context = [f"--{name.replace('_', '-')}" for name in CHANGED if name.startswith("mc_")]
+    position = [f"--{name.replace('_', '-')}" for name in CHANGED if name.startswith("gaussian_")]
+    values = {f"--{name.replace('_', '-')}": str(value) for name, value in CHANGED.items() if value is not True}
+    lines = [[flag, *([values[flag]] if flag in values else [])] for flag in (*context, *position)]
+    tokens = outcomes(TOKENS_ONLY, more=lines[: len(context)])
+    stock = outcomes({**TOKENS_ONLY, "position_embedding_type": "rope"}, more=lines[len(context) :])
+    for flag, outcome in zip(context, tokens, strict=True):
+        assert refusal(outcome) == f"error: {flag} has no effect without --megacontext."
+    for flag, outcome in zip(position, stock, strict=True):
+        said = f"error: {flag} has no effect without --position-embedding-type gaussian_rope."
+        assert refusal(outcome) == said
+
+
+def test_learning_what_gets_no_gradient_is_refused(outcomes):
+    cases = [
+        ({**TOKENS_ONLY, "gaussian_rope_learnable_sigma": "level"}, "--gaussian-rope-learnable-sigma"),
+        ({**TOKENS_ONLY, "gaussian_rope_log_width_bias": True}, "--gaussian-rope-log-width-bias"),
+        ({"mc_plan": "recency", "mc_variants": 1}, "--gaussian-rope-learnable-sigma"),
+        ({"gaussian_rope_sigma": "none"}, "--gaussian-rope-learnable-sigma"),
+    ]
+    found = outcomes(*(overrides for overrides, _ in cases))
+    for (_, flag), outcome in zip(cases, found, strict=True):
+        assert refusal(outcome).startswith(f"error: {flag} ")
+
+
+def test_fused_rope_which_rotates_by_slot_is_off(outcomes):
+    (outcome,) = outcomes({})
+    (line,) = (line for line in outcome["out"].splitlines() if "apply_rope_fusion" in line)
+    assert line.split()[-1] == "False"
