@@ -218,7 +218,11 @@ def show(title: str, findings: Iterator[Finding]) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Examine the installation, and with flags the run they ask for."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        usage="python -m megacontext_megatron.doctor [--tables] [FLAGS of megacontext_megatron.pretrain]",
+        allow_abbrev=False,
+    )
     parser.add_argument("--tables", action="store_true", help="print the README's generated tables and exit")
     own, flags = parser.parse_known_args(words)
     if own.tables:
@@ -228,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         prepare(flags)
         first = os.environ["RANK"] == "0"
-        if first and "--help" not in flags:
+        if first:
             show("versions", versions())
             show("devices", devices())
             show("adapted", adaptations(flags))

@@ -156,14 +156,13 @@ def evaluate(args: argparse.Namespace, settings: Settings) -> Evaluation:
     model = get_model(run.model_provider, wrap_with_ddp=False)
     iteration, _ = load_checkpoint(model, None, None)
     raw = held_out(args, settings)
-    samples = args.mc_eval_samples
     losses = {
         name: last_rows_loss(args, dataclasses.replace(settings, context=context), model, raw)
         for name, context in contexts_to_evaluate(settings.context).items()
     }
     return Evaluation(
         iteration=int(iteration),
-        samples=samples,
+        samples=whole_steps(args) * samples_a_step(args),
         source_length=settings.context.source_length,
         window=settings.context.window,
         horizon=settings.context.horizon,
@@ -190,6 +189,24 @@ def held_out(args: argparse.Namespace, settings: Settings) -> Any:
     return valid
 
 
+def samples_a_step(args: argparse.Namespace) -> int:
+    """Return how many samples all data-parallel ranks take at a time: a micro-batch each."""
+    from megatron.core import mpu
+
+    return args.micro_batch_size * mpu.get_data_parallel_world_size()
+
+
+def whole_steps(args: argparse.Namespace) -> int:
+    """Return how many steps `--mc-eval-samples` fill; raises ConfigError for none."""
+    steps = args.mc_eval_samples // samples_a_step(args)
+    if steps == 0:
+        raise ConfigError(
+            f"--mc-eval-samples {args.mc_eval_samples} is less than a micro-batch on each data-parallel rank: ask for "
+            f"at least {samples_a_step(args)}."
+        )
+    return steps
+
+
 def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any], raw: Any) -> float:
     """Return the mean loss of the last H rows over the held-out samples, with one context for each; collective."""
     import torch
@@ -202,13 +219,7 @@ def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any
     from megacontext_megatron.model.parallel_groups import pipeline_group, row_group
     from megacontext_megatron.model.step import ForwardStep
 
-    size, ranks = args.micro_batch_size, mpu.get_data_parallel_world_size()
-    steps = args.mc_eval_samples // (size * ranks)
-    if steps == 0:
-        raise ConfigError(
-            f"--mc-eval-samples {args.mc_eval_samples} is less than one micro-batch on each of {ranks} "
-            f"data-parallel ranks ({size * ranks} samples)."
-        )
+    size = args.micro_batch_size
     for chunk in model:
         get_model_config(chunk).mc_settings = settings
         chunk.eval()
@@ -225,7 +236,7 @@ def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any
             forward_step_func=step.__call__,
             data_iterator=iterators if len(model) > 1 else iterators[0],
             model=model,
-            num_microbatches=steps,
+            num_microbatches=whole_steps(args),
             seq_length=settings.context.window,
             micro_batch_size=size,
             forward_only=True,
@@ -278,7 +289,7 @@ def bigram(args: argparse.Namespace, settings: Settings, raw: Any) -> float:
     prefixes = training[0]
     manifest = read_manifest(prefixes[0])
     vocabulary = manifest.tokenizer.vocab_size if manifest else args.vocab_size
-    samples = (raw[i] for i in range(args.mc_eval_samples))
+    samples = (raw[i] for i in range(whole_steps(args) * samples_a_step(args)))
     texts = ([*sample["tokens"].tolist(), int(sample["labels"][-1])] for sample in samples)
     return add_one_nll(pair_counts(prefixes, vocabulary), map(_as_array, texts), settings.context.horizon)
 

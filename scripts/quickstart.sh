@@ -34,10 +34,10 @@ model=(
   --normalization RMSNorm --swiglu --disable-bias-linear
   --attention-dropout 0 --hidden-dropout 0
   --position-embedding-type gaussian_rope
-  # 256 rows stand for 3072 tokens: the newest 64 as they are, most of the others in gists. Shorter
-  # histories hold no whole span of 1024 tokens, and there would be no gist of level 2
+  # 256 rows stand for 3232 tokens: the newest 64 as they are, most of the others in gists. 3232 is
+  # 256 + 96 * 31, so that collapsing reaches 256 rows exactly and three spans of 1024 tokens stay whole
   --seq-length 256
-  --megacontext --mc-source-length 3072 --mc-variants 2 --mc-block-size 32 --mc-max-level 2
+  --megacontext --mc-source-length 3232 --mc-variants 2 --mc-block-size 32 --mc-max-level 2
   --mc-recent-tokens 64 --mc-horizon 64 --mc-level2-prob 0.3 --gaussian-rope-learnable-sigma level
   --init-method-std 0.06
 )

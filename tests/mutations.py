@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,13 @@ from megacontext_megatron.spans.metadata import SpanMetadata
 
 
 def spread_parameters() -> None:
-    """Start positional parameters away from 0, each at another value."""
+    """Start positional parameters away from 0, at other values in each layer."""
     from megacontext_megatron.position.parameters import PositionalParameters
 
+    largest = itertools.count(6)
+
     def spread(self: PositionalParameters, size: int) -> torch.nn.Parameter:
-        return torch.nn.Parameter(torch.linspace(0.6, -0.4, size))
+        return torch.nn.Parameter(torch.linspace(next(largest) / 10, -0.4, size))
 
     PositionalParameters.new_parameter = spread
 

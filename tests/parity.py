@@ -7,10 +7,12 @@ pipeline stages differently.  The regime is strong: large initial weights, so th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megacontext_megatron.telemetry import names
 from tests import mutations, recording
 from tests.launch import TrainResult, train
 from tests.tiny import tiny_flags
@@ -19,6 +21,9 @@ LOSS_TOLERANCE = 1e-6
 GRAD_NORM_TOLERANCE = 1e-5
 METRIC_TOLERANCE = 1e-5
 """Metrics are means over fewer rows than the loss, and some are differences of such means."""
+
+CLEARLY = 100
+"""A fault moves the loss, the gradient norm or a metric by more than this many tolerances."""
 
 STEPS = 20
 MOE_STEPS = 10
@@ -134,15 +139,16 @@ def difference(result: TrainResult, reference: TrainResult) -> Difference:
 def _largest(values: list[float], expected: list[float], least: float = 0.0) -> float:
     """Return the largest difference, relative to `expected` or to `least` where that is larger."""
     assert values
+    assert all(map(math.isfinite, [*values, *expected]))
     pairs = zip(values, expected[: len(values)], strict=True)
     return max(abs(value - right) / max(abs(right), least) for value, right in pairs)
 
 
 def _metric_difference(result: TrainResult, reference: TrainResult) -> tuple[float, str]:
-    names = reference.tags("mc/")
-    assert names
-    assert names == result.tags("mc/")
-    return max((_largest(result.scalars(name), reference.scalars(name), 1.0), name) for name in names)
+    tags = reference.tags("mc/")
+    assert tags
+    assert tags == result.tags("mc/")
+    return max((_largest(result.scalars(tag), reference.scalars(tag), 1.0), tag) for tag in tags)
 
 
 class References:
@@ -171,7 +177,10 @@ class References:
         return folder
 
     def one_process(self, family: str) -> TrainResult:
-        """Return the run that the family's layouts are compared with; its values are those of its recorder."""
+        """Return the run that the family's layouts are compared with; its values are those of its recorder.
+
+        Every step of it has rows of levels 0, 1 and 2.
+        """
         if family not in self._runs:
             self._runs[family] = self._run_alone(family)
         return self._runs[family]
@@ -179,7 +188,10 @@ class References:
     def _run_alone(self, family: str) -> TrainResult:
         steps, recorder = (MOE_STEPS, recording.routing) if family == "moe" else (STEPS, recording.plans)
         layout = dataclasses.replace(ONE, family=family)
-        return self.train(layout, self._folder / family / "one", steps=steps, before=recorder).check()
+        result = self.train(layout, self._folder / family / "one", steps=steps, before=recorder).check()
+        for level in range(3):
+            assert min(result.scalars(names.LOD_COUNT.at(level=level))) > 0
+        return result
 
     def train(
         self,

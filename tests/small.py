@@ -66,19 +66,19 @@ def small_training(
     return train(small_flags(corpus, **overrides), ranks, workdir=workdir, before=rows, before_kwargs={"fresh": fresh})
 
 
-def rows(fresh: bool = False) -> Callable[[], list[dict[str, Any]]]:
-    """Record the rows [b, s] of every training micro-batch on this rank: their places, levels and losses."""
+def rows(fresh: bool = False) -> Callable[[], dict[str, list[dict[str, Any]]]]:
+    """Record the rows [b, s] of this rank's micro-batches, in training and in evaluation: places, levels and losses."""
     from megacontext_megatron.model import step
 
     if fresh:
         mutations.spread_parameters()
-    seen: list[dict[str, Any]] = []
+    seen: dict[str, list[dict[str, Any]]] = {"training": [], "evaluation": []}
     real = step.row_sums
 
     def record(losses: Any, targets: Any, spans: Any, context: Any) -> Any:
-        if losses.requires_grad:
-            places = {"start": spans.start.tolist(), "level": spans.level.tolist()}
-            seen.append({**places, "loss": losses.tolist()})
+        kind = "training" if losses.requires_grad else "evaluation"
+        places = {"start": spans.start.tolist(), "level": spans.level.tolist()}
+        seen[kind].append({**places, "loss": losses.tolist()})
         return real(losses, targets, spans, context)
 
     step.row_sums = record

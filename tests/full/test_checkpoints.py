@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import call, train
+from tests.launch import TrainResult, call, train
 from tests.small import (
     GRAD_NORM_TOLERANCE,
     LOSS_TOLERANCE,
@@ -67,6 +67,11 @@ def tensors(folder: Path, iteration: int, workdir: Path) -> dict[str, list[Any]]
     return call(read_tensors, {"path": str(path)}, workdir=workdir / "read").check().values[0]
 
 
+def training_rows(result: TrainResult, rank: int = 0) -> list[dict[str, Any]]:
+    """Return the rows of a rank's training micro-batches."""
+    return result.values[rank]["training"]
+
+
 @pytest.fixture(scope="module")
 def saved(small_run) -> Path:
     """The folder of the small run's checkpoints."""
@@ -108,7 +113,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(small_run, corp
     resumed = small_training(corpus, tmp_path, load=saved, ckpt_step=MIDDLE, save=tmp_path / "checkpoints").check()
     assert resumed.losses == small_run.losses[MIDDLE:]
     assert resumed.grad_norms == small_run.grad_norms[MIDDLE:]
-    assert resumed.values[0] == small_run.values[0][MIDDLE * MICRO_BATCHES :]
+    assert training_rows(resumed) == training_rows(small_run)[MIDDLE * MICRO_BATCHES :]
     assert resumed.metrics == small_run.metrics[MIDDLE:]
     assert [line["consumed_samples"] for line in resumed.metrics] == [24, 32]
     for tag in small_run.tags("nll last"):
@@ -145,7 +150,8 @@ def test_the_distributed_optimizer_goes_from_data_to_pipeline_ranks_and_back(cor
     whole = small_training(corpus, tmp_path / "dp", 2, fresh=True, save=first, **quick).check()
     resumed = small_training(corpus, tmp_path / "dp2", 2, load=first, ckpt_step=MIDDLE, **quick).check()
     assert resumed.losses == whole.losses[MIDDLE:]
-    assert resumed.values == tuple(value[MIDDLE * MICRO_BATCHES // 2 :] for value in whole.values)
+    for rank in range(2):
+        assert training_rows(resumed, rank) == training_rows(whole, rank)[MIDDLE * MICRO_BATCHES // 2 :]
     in_stages = small_training(corpus, tmp_path / "pp", 2, load=first, ckpt_step=MIDDLE, **quick, **PP).check()
     assert largest(in_stages.losses, whole.losses[MIDDLE:]) <= LOSS_TOLERANCE
     assert largest(in_stages.grad_norms, whole.grad_norms[MIDDLE:]) <= GRAD_NORM_TOLERANCE
@@ -201,7 +207,7 @@ def test_checkpoint_arguments_restore_encoding_and_settings(corpus, tmp_path, od
     resumed = train([*few, *load], workdir=tmp_path / "resumed", before=rows).check()
     assert resumed.losses == whole.losses[MIDDLE:]
     assert resumed.grad_norms == whole.grad_norms[MIDDLE:]
-    assert resumed.values[0] == whole.values[0][MIDDLE * MICRO_BATCHES :]
+    assert training_rows(resumed) == training_rows(whole)[MIDDLE * MICRO_BATCHES :]
 
 
 def _with_values(words, names):
@@ -322,7 +328,7 @@ def test_finetuning_starts_a_new_run_from_the_weights(small_run, corpus, saved, 
     assert [(line["iteration"], line["consumed_samples"]) for line in tuned.metrics] == [(1, 8), (2, 16)]
     # the weights were taken over: an untrained model's loss is far above a trained one's
     assert tuned.losses[0] < small_run.losses[-1] + 0.3 < small_run.losses[0]
-    assert len(tuned.values[0][0]["start"]) == 4
+    assert len(training_rows(tuned)[0]["start"]) == 4
 
 
 @pytest.mark.full
