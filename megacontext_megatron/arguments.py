@@ -3,7 +3,7 @@
 # Annotations here are read at run time by Megatron's ArgumentGroupFactory, so they are not deferred to strings.
 import argparse
 import dataclasses
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,7 @@ from megacontext_megatron.config import (
     Settings,
     SigmaRule,
 )
+from megacontext_megatron.refusals import REFUSALS, SPAN_REFUSALS
 
 Namespace = argparse.Namespace
 
@@ -115,115 +116,12 @@ class EvaluationFlags:
     """Also evaluate an add-one bigram model of the training data on the same targets (byte-sized vocabularies)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Refusal:
-    """A request of Megatron's that working contexts do not support; `asked` reads parsed arguments."""
-
-    flag: str
-    asked: Callable[[Namespace], bool]
-    why: str
-
-
-def _given(dest: str) -> Callable[[Namespace], bool]:
-    return lambda args: bool(getattr(args, dest, None))
-
-
-_WHOLE_ROWS = "a sample here is one working context, whose rows have no document boundaries to restart at"
-_ITEM_ORDER = "the variants of a raw sample must arrive together and in order"
-_ONE_MODEL = "only Megatron's GPTModel of standard attention layers carries span metadata"
-_GRAPHS = "captured graphs have not been shown to update span metadata"
-
-REFUSALS = (
-    Refusal(
-        flag="--mtp-num-layers",
-        asked=_given("mtp_num_layers"),
-        why="multi-token prediction would read the token after a gist's first token as its target",
-    ),
-    Refusal(flag="--reset-position-ids", asked=_given("reset_position_ids"), why=_WHOLE_ROWS),
-    Refusal(flag="--reset-attention-mask", asked=_given("reset_attention_mask"), why=_WHOLE_ROWS),
-    Refusal(
-        flag="--dataloader-inter-document-masking", asked=_given("dataloader_inter_document_masking"), why=_WHOLE_ROWS
-    ),
-    Refusal(
-        flag="--logits-load-dir", asked=_given("logits_load_dir"), why="cached logits belong to slots, not to rows"
-    ),
-    Refusal(flag="--sft", asked=_given("sft"), why="packed fine-tuning samples have no source tokens to collapse"),
-    Refusal(flag="--fim-data", asked=_given("fim_data"), why="fill-in-the-middle reorders the tokens blocks stand for"),
-    Refusal(flag="--perform-rl-step", asked=_given("perform_rl_step"), why="its samples are not working contexts"),
-    Refusal(flag="--cuda-graph-impl", asked=lambda a: getattr(a, "cuda_graph_impl", "none") != "none", why=_GRAPHS),
-    Refusal(flag="--enable-cuda-graph", asked=_given("enable_cuda_graph"), why=_GRAPHS),
-    Refusal(flag="--external-cuda-graph", asked=_given("external_cuda_graph"), why=_GRAPHS),
-    Refusal(flag="--optimizer-cuda-graph", asked=_given("optimizer_cuda_graph"), why=_GRAPHS),
-    Refusal(
-        flag="--overlap-moe-expert-parallel-comm",
-        asked=_given("overlap_moe_expert_parallel_comm"),
-        why="its schedule prepares inputs after another micro-batch has arrived",
-    ),
-    Refusal(flag="--use-megatron-fsdp", asked=_given("use_megatron_fsdp"), why="positional parameters stay in fp32"),
-    Refusal(flag="--use-torch-fsdp2", asked=_given("use_torch_fsdp2"), why="positional parameters stay in fp32"),
-    Refusal(flag="--hybrid-layer-pattern", asked=_given("hybrid_layer_pattern"), why=_ONE_MODEL),
-    Refusal(flag="--hybrid-override-pattern", asked=_given("hybrid_override_pattern"), why=_ONE_MODEL),
-    Refusal(flag="--is-hybrid-model", asked=_given("is_hybrid_model"), why=_ONE_MODEL),
-    Refusal(flag="--multi-latent-attention", asked=_given("multi_latent_attention"), why=_ONE_MODEL),
-    Refusal(
-        flag="--heterogeneous-layers-config-path",
-        asked=_given("heterogeneous_layers_config_path"),
-        why=_ONE_MODEL,
-    ),
-    Refusal(
-        flag="--heterogeneous-layers-config-encoded-json",
-        asked=_given("heterogeneous_layers_config_encoded_json"),
-        why=_ONE_MODEL,
-    ),
-    Refusal(flag="--experimental-attention-variant", asked=_given("experimental_attention_variant"), why=_ONE_MODEL),
-    Refusal(flag="--spec", asked=_given("spec"), why="the plugin builds the layer spec itself"),
-    Refusal(flag="--qk-l2-norm", asked=_given("qk_l2_norm"), why="the plugin builds the layer spec itself"),
-    *(
-        Refusal(flag=f"--{name.replace('_', '-')}", asked=_given(name), why="the plugin builds the layer spec itself")
-        for name in ("kitchen_config_file", "kitchen_recipe_number", "use_kitchen_attention")
-    ),
-    Refusal(flag="--flash-decode", asked=_given("flash_decode"), why="its kernel rotates keys by their slot"),
-    Refusal(
-        flag="--fused-single-qkv-rope",
-        asked=_given("fused_single_qkv_rope"),
-        why="its kernel rotates queries and keys by their slot",
-    ),
-    Refusal(
-        flag="--dataloader-type",
-        asked=lambda a: getattr(a, "dataloader_type", None) in ("cyclic", "external"),
-        why=_ITEM_ORDER,
-    ),
-    Refusal(flag="--full-validation", asked=_given("full_validation"), why=_ITEM_ORDER),
-    Refusal(flag="--multiple-validation-sets", asked=_given("multiple_validation_sets"), why=_ITEM_ORDER),
-    Refusal(flag="--hybrid-context-parallel", asked=_given("hybrid_context_parallel"), why=_ITEM_ORDER),
-    Refusal(flag="--dynamic-context-parallel", asked=_given("dynamic_context_parallel"), why=_ITEM_ORDER),
-    Refusal(flag="--phase-transition-iterations", asked=_given("phase_transition_iterations"), why=_ITEM_ORDER),
-    Refusal(
-        flag="--ckpt-format",
-        asked=lambda a: getattr(a, "ckpt_format", "torch_dist") != "torch_dist",
-        why="only torch_dist checkpoints hold what a resumed run is checked against",
-    ),
-)
-
-SPAN_REFUSALS = (
-    Refusal(
-        flag="--transformer-impl",
-        asked=lambda a: a.transformer_impl != "local",
-        why="span metadata runs on Megatron's local layers so far; add --transformer-impl local",
-    ),
-    Refusal(
-        flag="--apply-layernorm-1p",
-        asked=_given("layernorm_zero_centered_gamma"),
-        why="the norms of --transformer-impl local have no zero-centred weights",
-    ),
-)
-"""Refusals of runs in which the plugin's encoding is active."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the plugin's groups to Megatron's parser and return it."""
     for flags, title in RUN_FLAGS.items():
         ArgumentGroupFactory(flags).build_group(parser, title=title)
+    # A mistyped flag is answered with the usage line, which would otherwise list several hundred flags first.
+    parser.usage = "%(prog)s FLAGS    (--help lists them)"
     for action in parser._actions:
         _escape_percent(action)
     return parser
@@ -279,6 +177,16 @@ def refuse_unsupported(args: Namespace) -> None:
         )
     _refuse_without_effect(args, ContextFlags, "--megacontext", on=args.megacontext)
     _refuse_without_effect(args, PositionFlags, "--position-embedding-type gaussian_rope", on=spans)
+    _refuse_idle_settings(args)
+
+
+def _refuse_idle_settings(args: Namespace) -> None:
+    """Refuse settings of plans that the chosen plan does not read."""
+    typical = ContextFlags()
+    if args.mc_plan in ("recency", "heuristic") and args.mc_level2_prob != typical.mc_level2_prob:
+        raise ConfigError(f"--mc-level2-prob has no effect with --mc-plan {args.mc_plan}.")
+    if args.mc_plan == "recency" and args.mc_eod_policy != typical.mc_eod_policy:
+        raise ConfigError("--mc-eod-policy has no effect with --mc-plan recency, which collapses nothing.")
 
 
 def _refuse_without_effect(args: Namespace, group: type, switch: str, *, on: bool) -> None:
@@ -317,6 +225,13 @@ def gaussian_config(args: Namespace, context: ContextConfig) -> GaussianRopeConf
         "--gaussian-rope-learnable-sigma": config.learnable_sigma != "none",
         "--gaussian-rope-log-width-bias": config.log_width_bias,
     }
+    per_level = config.learnable_sigma in ("level", "head") and context.plan != "recency"
+    if per_level and context.max_level > 1 and context.eligible()[1] == 0:
+        raise ConfigError(
+            f"--gaussian-rope-learnable-sigma {config.learnable_sigma} would learn a level 2 that no context has: use "
+            "--mc-max-level 1, or a --mc-source-length that holds a whole collapsible span of --mc-block-size squared "
+            "tokens."
+        )
     for flag, on in learned.items():
         if on and context.plan == "recency":
             raise ConfigError(
@@ -371,7 +286,7 @@ def check_divisions(args: Namespace, context: ContextConfig) -> None:
             )
     cp = args.context_parallel_size
     tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    chunks = (2 * cp if cp > 1 else 1) * tp
+    chunks = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
     if args.seq_length % chunks:
         raise ConfigError(
             f"--seq-length {args.seq_length} must be a multiple of {chunks}, which --context-parallel-size {cp} and "

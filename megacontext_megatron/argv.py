@@ -40,11 +40,7 @@ CPU_FLAGS = (
 )
 """What Megatron needs to run without a GPU, in addition to LOCAL_FLAGS."""
 
-CPU_ENVIRONMENT = {
-    "TORCHDYNAMO_DISABLE": "1",
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
-}
+CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 """Environment of a run without a GPU, where the user set nothing else; must be set before torch is imported."""
 
 _OWN_PREFIXES = ("--mc-", "--gaussian-rope-", "--megacontext")
@@ -99,6 +95,8 @@ def normalised(argv: Sequence[str]) -> list[str]:
 def prepare_environment(argv: Sequence[str]) -> None:
     """Set what a run without a GPU needs in its environment before torch is imported."""
     if CPU_FLAG in argv:
+        if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         for name, value in CPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
 

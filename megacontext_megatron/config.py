@@ -9,6 +9,9 @@ from typing import Literal
 ENCODINGS = ("gaussian_rope",)
 """Names that `--position-embedding-type` takes in addition to Megatron's own."""
 
+NLL_LAST = "mc/nll_last/{H}/{variant}"
+"""Name of the loss of the last H rows of a variant, in validation and in telemetry."""
+
 SigmaRule = Literal["uniform", "width", "half-width", "none"]
 LearnableSigma = Literal["none", "level", "layer", "head"]
 Plan = Literal["recency", "random", "heuristic", "mix"]

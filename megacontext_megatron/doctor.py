@@ -76,7 +76,7 @@ def adaptations(argv: Sequence[str]) -> Iterator[Finding]:
 
 def refusals() -> Iterator[Finding]:
     """Return what is not supported, and why."""
-    from megacontext_megatron.arguments import REFUSALS, SPAN_REFUSALS
+    from megacontext_megatron.refusals import REFUSALS, SPAN_REFUSALS
 
     for refusal in (*REFUSALS, *SPAN_REFUSALS):
         yield Finding(subject=refusal.flag, found=f"not supported: {refusal.why}")

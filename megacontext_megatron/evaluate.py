@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megacontext_megatron.argv import value_of
-from megacontext_megatron.config import ConfigError, ContextConfig, Settings
+from megacontext_megatron.config import NLL_LAST, ConfigError, ContextConfig, Settings
 from megacontext_megatron.pretrain import exit_with, prepare
 from megacontext_megatron.telemetry import names
 from megacontext_megatron.telemetry.report import EVALUATION_FILE
@@ -37,14 +37,9 @@ FROM_CHECKPOINT = (
     "tokenizer_model",
     "vocab_size",
     "null_tokenizer_eod_id",
+    "null_tokenizer_pad_id",
     "make_vocab_size_divisible_by",
-    "data_path",
-    "train_data_path",
-    "valid_data_path",
-    "test_data_path",
-    "split",
     "data_cache_path",
-    "mock_data",
     "seed",
     "eod_mask_loss",
     "transformer_impl",
@@ -53,12 +48,20 @@ FROM_CHECKPOINT = (
     "no_persist_layer_norm",
     "bf16",
     "fp16",
-    "norm_epsilon",
-    "qk_layernorm",
-    "moe_router_dtype",
-    "moe_router_load_balancing_type",
 )
-"""Arguments taken from the checkpoint in addition to those `--use-checkpoint-args` restores."""
+"""Arguments taken from the checkpoint in addition to those that shape the model's function."""
+
+DATA = (
+    "data_path",
+    "data_args_path",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "per_split_data_args_path",
+    "split",
+    "mock_data",
+)
+"""Arguments that name the data: all taken from the checkpoint, or, where one is typed, none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,13 +102,14 @@ def contexts_to_evaluate(context: ContextConfig) -> dict[str, ContextConfig]:
     """Return the context of each input by name; a run without collapsed history has only one."""
     if context.source_length == context.window:
         return {"recency": context}
-    plan = "random" if context.plan == "recency" else context.plan
-    mixed = dataclasses.replace(context, variants=1, plan=plan)
-    return {
-        "recency": dataclasses.replace(mixed, plan="recency"),
-        "mixed": mixed,
-        "full": dataclasses.replace(mixed, window=context.source_length, plan="recency"),
-    }
+    recency = dataclasses.replace(context, variants=1, plan="recency")
+    full = dataclasses.replace(recency, window=context.source_length)
+    try:
+        mixed = dataclasses.replace(recency, plan="random" if context.plan == "recency" else context.plan)
+    except ConfigError as error:
+        print(f"> no mixed contexts: {error}")
+        return {"recency": recency, "full": full}
+    return {"recency": recency, "mixed": mixed, "full": full}
 
 
 def launch_alone() -> None:
@@ -132,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megacontext_megatron.arguments import add_evaluation_arguments
         from megacontext_megatron.run import parse
 
-        args, settings = parse(add_evaluation_arguments, FROM_CHECKPOINT)
+        args, settings = parse(add_evaluation_arguments, (FROM_CHECKPOINT, DATA))
         evaluation = evaluate(args, settings)
     except ConfigError as error:
         exit_with(error)
@@ -142,10 +146,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         path.write_text(json.dumps(evaluation.as_dict(), indent=1) + "\n")
         print_table(evaluation)
         print(f"written to {path}")
+    from torch.distributed import destroy_process_group
+
+    destroy_process_group()
 
 
 def evaluate(args: argparse.Namespace, settings: Settings) -> Evaluation:
     """Load the checkpoint that parsed arguments name and evaluate every input; collective over all ranks."""
+    from megatron.core.datasets.utils import Split
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.training import get_model, initialize_megatron
 
@@ -155,11 +163,13 @@ def evaluate(args: argparse.Namespace, settings: Settings) -> Evaluation:
     run = Run(args, settings)
     model = get_model(run.model_provider, wrap_with_ddp=False)
     iteration, _ = load_checkpoint(model, None, None)
-    raw = held_out(args, settings)
-    losses = {
-        name: last_rows_loss(args, dataclasses.replace(settings, context=context), model, raw)
-        for name, context in contexts_to_evaluate(settings.context).items()
-    }
+    raw = run.datasets.held_out(args.mc_eval_samples)
+    if raw is None:
+        raise ConfigError("there is no held-out data: give --valid-data-path, or a --split with a second part.")
+    losses = {}
+    for name, context in contexts_to_evaluate(settings.context).items():
+        data = run.datasets.contexts(raw, context, Split.valid)
+        losses[name] = last_rows_loss(args, dataclasses.replace(settings, context=context), model, data)
     return Evaluation(
         iteration=int(iteration),
         samples=whole_steps(args) * samples_a_step(args),
@@ -173,22 +183,6 @@ def evaluate(args: argparse.Namespace, settings: Settings) -> Evaluation:
     )
 
 
-def held_out(args: argparse.Namespace, settings: Settings) -> Any:
-    """Build Megatron's validation set at C tokens a sample on every rank that reads tokens."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
-
-    from megacontext_megatron.model.datasets import dataset_config
-
-    kind = MockGPTDataset if args.mock_data else GPTDataset
-    config = dataset_config(args, settings.context)
-    sizes = [1, args.mc_eval_samples, 1]
-    valid = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()[1]
-    if valid is None:
-        raise ConfigError("there is no held-out data: give --valid-data-path, or a --split with a second part.")
-    return valid
-
-
 def samples_a_step(args: argparse.Namespace) -> int:
     """Return how many samples all data-parallel ranks take at a time: a micro-batch each."""
     from megatron.core import mpu
@@ -199,7 +193,7 @@ def samples_a_step(args: argparse.Namespace) -> int:
 def whole_steps(args: argparse.Namespace) -> int:
     """Return how many steps `--mc-eval-samples` fill; raises ConfigError for none."""
     steps = args.mc_eval_samples // samples_a_step(args)
-    if steps == 0:
+    if steps < 1:
         raise ConfigError(
             f"--mc-eval-samples {args.mc_eval_samples} is less than a micro-batch on each data-parallel rank: ask for "
             f"at least {samples_a_step(args)}."
@@ -207,8 +201,8 @@ def whole_steps(args: argparse.Namespace) -> int:
     return steps
 
 
-def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any], raw: Any) -> float:
-    """Return the mean loss of the last H rows over the held-out samples, with one context for each; collective."""
+def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any], data: Any) -> float:
+    """Return the mean loss of the last H rows over held-out contexts, one for each sample; collective."""
     import torch
     from megatron.core import mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -228,9 +222,10 @@ def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any
         micro_batch_size=size,
         eval_micro_batch_size=size,
         needs_mask=args.transformer_impl == "local" and args.context_parallel_size == 1,
+        per_token_loss=args.calculate_per_token_loss,
         timers=get_timers(),
     )
-    iterators = [iter(loader(args, settings, raw)) for _ in model]
+    iterators = [iter(loader(args, data)) for _ in model]
     with torch.no_grad():
         reports = get_forward_backward_func()(
             forward_step_func=step.__call__,
@@ -243,7 +238,7 @@ def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any
         )
     total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     if reports:
-        key = f"nll last {settings.context.horizon} {variant_names(settings.context)[0]}"
+        key = NLL_LAST.format(H=settings.context.horizon, variant=variant_names(settings.context)[0])
         total = torch.stack([report[key] for report in reports]).double().sum(dim=0)
         torch.distributed.all_reduce(total, group=row_group())
     last = mpu.get_pipeline_model_parallel_last_rank()
@@ -251,19 +246,12 @@ def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any
     return float(total[0] / total[1])
 
 
-def loader(args: argparse.Namespace, settings: Settings, raw: Any) -> Any:
+def loader(args: argparse.Namespace, data: Any) -> Any:
     """Return a data loader over this data-parallel rank's held-out contexts, in Megatron's order."""
     import torch
     from megatron.core import mpu
-    from megatron.core.datasets.utils import Split
     from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
-    from megacontext_megatron.data.samples import SampleIdentity, WorkingContextDataset
-    from megacontext_megatron.model.datasets import ContextPlanner
-
-    context = settings.context
-    eod = raw.config.tokenizer.eod if context.eod_policy == "no-cross" else None
-    identity = SampleIdentity(seed=settings.seed, split=Split.valid.value, eod=eod)
     sampler = MegatronPretrainingSampler(
         total_samples=args.mc_eval_samples,
         consumed_samples=0,
@@ -271,7 +259,6 @@ def loader(args: argparse.Namespace, settings: Settings, raw: Any) -> Any:
         data_parallel_rank=mpu.get_data_parallel_rank(),
         data_parallel_size=mpu.get_data_parallel_world_size(),
     )
-    data = WorkingContextDataset(raw, context, identity, ContextPlanner(context))
     return torch.utils.data.DataLoader(data, batch_sampler=sampler)
 
 
@@ -279,25 +266,22 @@ def bigram(args: argparse.Namespace, settings: Settings, raw: Any) -> float:
     """Return the loss of an add-one bigram model of the training data on the same targets."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    from megacontext_megatron.data.bigram import add_one_nll, pair_counts
+    from megacontext_megatron.data.bigram import GREATEST_VOCABULARY, add_one_nll, pair_counts
     from megacontext_megatron.data.manifest import read_manifest
 
-    blend, per_split = get_blend_and_blend_per_split(args)
-    training = per_split[0] if per_split else blend
-    if training is None:
-        raise ConfigError("--mc-eval-bigram needs training data: give --data-path or --train-data-path.")
-    prefixes = training[0]
+    _, per_split = get_blend_and_blend_per_split(args)
+    if not per_split or per_split[0] is None:
+        raise ConfigError("--mc-eval-bigram needs --train-data-path: --data-path also holds the text evaluated on.")
+    prefixes = per_split[0][0]
     manifest = read_manifest(prefixes[0])
     vocabulary = manifest.tokenizer.vocab_size if manifest else args.vocab_size
-    samples = (raw[i] for i in range(whole_steps(args) * samples_a_step(args)))
-    texts = ([*sample["tokens"].tolist(), int(sample["labels"][-1])] for sample in samples)
-    return add_one_nll(pair_counts(prefixes, vocabulary), map(_as_array, texts), settings.context.horizon)
-
-
-def _as_array(text: list[int]) -> Any:
-    import numpy as np
-
-    return np.array(text, dtype=np.int64)
+    if vocabulary > GREATEST_VOCABULARY:
+        raise ConfigError(
+            f"--mc-eval-bigram counts pairs of tokens, which {vocabulary} token ids are too many for: leave it out "
+            f"beyond {GREATEST_VOCABULARY}."
+        )
+    samples = [raw[i] for i in range(whole_steps(args) * samples_a_step(args))]
+    return add_one_nll(pair_counts(prefixes, vocabulary), samples, settings.context.horizon)
 
 
 def print_table(evaluation: Evaluation) -> None:

@@ -37,9 +37,10 @@ def prepare(argv: Sequence[str]) -> None:
 
 
 def exit_with(error: ConfigError) -> None:
-    """Print a refused request once per job, as argparse does, and leave with its exit code."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    """Print a refused request once per node, as argparse does, and leave with its exit code."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        where = "" if os.environ.get("RANK", "0") == "0" else f" (rank {os.environ['RANK']})"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2) from error
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -35,43 +37,61 @@ Namespace = argparse.Namespace
 
 def parse(
     add_more: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None = None,
-    from_checkpoint: Sequence[str] = (),
+    from_checkpoint: Sequence[Sequence[str]] = (),
 ) -> tuple[Namespace, Settings]:
     """Parse and validate `sys.argv`, refuse what cannot be honoured, and set Megatron's global variables.
 
-    `add_more` adds a command's own groups; `from_checkpoint` names arguments that `--use-checkpoint-args` restores in
-    addition.  Raises ConfigError before any model is built.
+    `add_more` adds a command's own groups; `from_checkpoint` names groups of arguments that `--use-checkpoint-args`
+    restores in addition (see retrofit.checkpoint.restore_settings).  Raises ConfigError before any model is built.
     """
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.arguments import parse_args
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import rebuild_tokenizer, set_global_variables
 
-    args = parse_args(lambda parser: add_arguments(add_more(parser) if add_more else parser))
+    destinations: dict[str, str] = {}
+
+    def extended(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_arguments(add_more(parser) if add_more else parser)
+        destinations.update({option: action.dest for action in parser._actions for option in action.option_strings})
+        return parser
+
+    args = parse_args(extended)
     require_checkpoint(args)
     if args.use_checkpoint_args:
+        names = {destinations.get(word.split("=")[0]) for word in sys.argv[1:]}
+        typed = {name: value for name, value in vars(args).items() if name in names}
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
-        restore_settings(args, from_checkpoint, _typed)
+        restore_settings(args, from_checkpoint, typed)
     refuse_unsupported(args)
     if args.seq_length is None:
         raise ConfigError("--seq-length is needed: the rows of a context.")
     check_divisions(args, context_config(args))
     if args.mc_encoding is not None:
         _seam_defaults(args)
-    validate_args(args, {})
+    _validate(args)
     settings = settings_from(args)
     check_data(args)
     # Writers make their folders, so they come after the last refusal; two checks need the tokenizer.
     rebuild_tokenizer(args)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        check_tokenizers(args)
     check_end_of_document(args)
+    _announce_padding(args)
     check_checkpoint(args)
     set_global_variables(args, build_tokenizer=False)
     return args, settings
 
 
-def _typed(dest: str) -> bool:
-    flag = f"--{dest.replace('_', '-')}"
-    return any(word.split("=")[0] == flag for word in sys.argv)
+def _validate(args: Namespace) -> None:
+    """Run Megatron's own validation; what it asserts becomes a ConfigError that says what was asserted."""
+    from megatron.training.arguments import validate_args
+
+    try:
+        validate_args(args, {})
+    except AssertionError as error:
+        asserted = traceback.extract_tb(error.__traceback__)[-1].line or "an assertion"
+        raise ConfigError(f"Megatron refuses these flags: {str(error) or asserted}.") from error
 
 
 def _seam_defaults(args: Namespace) -> None:
@@ -79,6 +99,8 @@ def _seam_defaults(args: Namespace) -> None:
     if args.apply_rope_fusion and args.rank == 0:
         print(f"> {args.mc_encoding}: apply_rope_fusion is set False, rotation follows each row's span", flush=True)
     args.apply_rope_fusion = False
+    # Restored from a checkpoint of another encoding, Megatron's own argument would name that one.
+    args.position_embedding_type = "rope"
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
 
@@ -93,10 +115,44 @@ def check_data(args: Namespace) -> None:
     blends = [b for b in (blend, *(per_split or ())) if b is not None]
     if not blends:
         raise ConfigError("no data: give --data-path (or --train-data-path and its kin), or --mock-data to try flags.")
-    prefixes = sorted({prefix for names, _ in blends for prefix in names if "://" not in prefix})
-    for prefix in prefixes:
+    if not args.skip_train and args.eval_iters and not _has_validation_data(args, per_split):
+        raise ConfigError(
+            f"--eval-iters {args.eval_iters} has nothing to evaluate on: give --valid-data-path, a --split with a "
+            "second part, or --eval-iters 0."
+        )
+    for prefix in _local_prefixes(blends):
         check_indexed_dataset(prefix)
-    check_tokenizer(prefixes, _training_tokenizer(args))
+
+
+def check_tokenizers(args: Namespace) -> None:
+    """Refuse a tokenizer other than the one the data sets were made with."""
+    from megatron.training import get_tokenizer
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    if args.mock_data:
+        return
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [b for b in (blend, *(per_split or ())) if b is not None]
+    null = args.tokenizer_type == "NullTokenizer"
+    tokenizer = TrainingTokenizer(
+        tokenizer_type=args.tokenizer_type,
+        tokenizer_model=args.tokenizer_model,
+        vocab_size=args.vocab_size,
+        eod_id=args.null_tokenizer_eod_id if null else getattr(get_tokenizer(), "eod", None),
+    )
+    check_tokenizer(_local_prefixes(blends), tokenizer)
+
+
+def _local_prefixes(blends: Sequence[Any]) -> list[str]:
+    return sorted({prefix for names, _ in blends for prefix in names if "://" not in prefix})
+
+
+def _has_validation_data(args: Namespace, per_split: Sequence[Any] | None) -> bool:
+    from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
+
+    if per_split:
+        return per_split[1] is not None
+    return args.split is None or parse_and_normalize_split(args.split)[1] > 0
 
 
 def check_end_of_document(args: Namespace) -> None:
@@ -112,13 +168,16 @@ def check_end_of_document(args: Namespace) -> None:
             )
 
 
-def _training_tokenizer(args: Namespace) -> TrainingTokenizer:
-    return TrainingTokenizer(
-        tokenizer_type=args.tokenizer_type,
-        tokenizer_model=args.tokenizer_model,
-        vocab_size=args.vocab_size,
-        eod_id=getattr(args, "null_tokenizer_eod_id", None),
-    )
+def _announce_padding(args: Namespace) -> None:
+    """Say where another tensor-parallel size would pad the vocabulary differently, which no checkpoint survives."""
+    alone = -(-args.vocab_size // args.make_vocab_size_divisible_by) * args.make_vocab_size_divisible_by
+    if args.rank == 0 and args.vocab_size and args.padded_vocab_size != alone:
+        print(
+            f"> the vocabulary is padded to {args.padded_vocab_size} under --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size} and would be to {alone} without: checkpoints of this run cannot change "
+            "it, unless --make-vocab-size-divisible-by is raised",
+            flush=True,
+        )
 
 
 def transformer_config(args: Namespace, settings: Settings) -> MegaContextTransformerConfig:
@@ -154,6 +213,7 @@ class Run:
             micro_batch_size=args.micro_batch_size,
             eval_micro_batch_size=args.eval_micro_batch_size,
             needs_mask=args.transformer_impl == "local" and args.context_parallel_size == 1,
+            per_token_loss=args.calculate_per_token_loss,
             timers=get_timers(),
             observe=self._observer.hear,
             guard=GistGuard(settings.context, get_num_microbatches()) if mixes else None,
@@ -175,7 +235,9 @@ class Run:
         args = self._args
         config = config or transformer_config(args, self._settings)
         config.finalize_model_grads_func = self._observer.finalizing(finalize_model_grads)
-        self._print_layers(config)
+        # Saved with the arguments in every checkpoint.
+        args.mc_layers = [layer.as_row() for layer in resolved_layers(config)]
+        self._print_layers()
         return build_model(
             config,
             args.padded_vocab_size,
@@ -195,10 +257,10 @@ class Run:
             pg_collection=pg_collection,
         )
 
-    def _print_layers(self, config: MegaContextTransformerConfig) -> None:
+    def _print_layers(self) -> None:
         if self._args.rank != 0 or self._printed:
             return
         self._printed = True
         print("> layer | encoding | window | bias | core attention", flush=True)
-        for layer in resolved_layers(config):
-            print("> " + " | ".join(layer.as_row()), flush=True)
+        for row in self._args.mc_layers:
+            print("> " + " | ".join(row), flush=True)

@@ -6,7 +6,6 @@ Idempotent, and reported by the doctor.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -157,32 +156,22 @@ def _repair_reshardable_state() -> str:
     It packs the states of all gradient buckets without the padding at a bucket's end, but cuts the parameters out of
     them at places that count the padding, so that behind a padded bucket every parameter gets its neighbour's states.
     Pipelined models with tied embeddings have two buckets, and parameters of a few elements make padding likely.
-    Later releases fail where this one pads with zeros, by which they are told apart.
+    Releases after 0.19 check the sizes and are left alone.
     """
+    from megatron.core import package_info
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     said = "distributed optimizer: fully reshardable checkpoints hold each parameter's own states"
     cut = DistributedOptimizer.sharded_param_state_fully_reshardable
     if hasattr(cut, _MARK):
         return said
-    if "padded with zeros" not in inspect.getsource(cut):
+    if (package_info.MAJOR, package_info.MINOR) != (0, 19):
         return ""
-
-    def padded(self: Any, packed: Any) -> Any:
-        for index, buffer in enumerate(self.buffers if packed is not None else ()):
-            for states in packed[index].values():
-                for name, state in states.items():
-                    if torch.is_tensor(state):
-                        states[name] = whole = state.new_zeros(buffer.numel)
-                        parts = state.split([bucket.numel_unpadded for bucket in buffer.buckets])
-                        for bucket, part in zip(buffer.buckets, parts, strict=True):
-                            whole[bucket.offset : bucket.offset + part.numel()] = part
-        return packed
 
     @functools.wraps(cut)
     def from_padded(self: Any, *args: Any, **kwargs: Any) -> Any:
         collect = self.get_parameter_state_dp_zero
-        self.get_parameter_state_dp_zero = lambda *a, **k: padded(self, collect(*a, **k))
+        self.get_parameter_state_dp_zero = lambda *a, **k: _padded(self.buffers, collect(*a, **k))
         try:
             return cut(self, *args, **kwargs)
         finally:
@@ -191,3 +180,18 @@ def _repair_reshardable_state() -> str:
     setattr(from_padded, _MARK, True)
     DistributedOptimizer.sharded_param_state_fully_reshardable = from_padded
     return said
+
+
+def _padded(buffers: Any, packed: Any) -> Any:
+    """Return packed optimizer states with the padding of each buffer's buckets put back; None stays None."""
+    if packed is None:
+        return None
+    for index, buffer in enumerate(buffers):
+        for states in packed[index].values():
+            for name, state in states.items():
+                if torch.is_tensor(state):
+                    states[name] = whole = state.new_zeros(buffer.numel)
+                    parts = state.split([bucket.numel_unpadded for bucket in buffer.buckets])
+                    for bucket, part in zip(buffer.buckets, parts, strict=True):
+                        whole[bucket.offset : bucket.offset + part.numel()] = part
+    return packed

@@ -44,8 +44,14 @@ MIXED: Flags = {
     "micro_batch_size": 2,
     "global_batch_size": 16,
     "lr_decay_iters": STEPS,
+    # With the default a gradient that happens to be near 0 moves a weight by up to the learning rate, in a direction
+    # that the rounding of sums decides.
+    "adam_eps": 1e-5,
 }
 """128 rows of levels 0 to 2 over 512 tokens; eight micro-batches a step, twice the stages of the deepest pipeline."""
+
+DOCUMENTS: Flags = {"mc_eod_policy": "no-cross", "mc_plan": "mix", "mc_level2_prob": 0.8, "eod_mask_loss": True}
+"""Plans that depend on the text, and rows without loss."""
 
 LEVEL: Flags = {"gaussian_rope_learnable_sigma": "level"}
 
@@ -71,7 +77,8 @@ FAMILIES: Mapping[str, Flags] = {
     "windowed": MIXED
     | LEVEL
     | {"window_size": "16,0", "window_attn_skip_freq": "([1]*3+[0]*1)", "no_rope_freq": "([0]*3+[1]*1)"},
-    "documents": MIXED | LEVEL | {"mc_eod_policy": "no-cross", "mc_plan": "mix", "eod_mask_loss": True},
+    "documents": MIXED | LEVEL | DOCUMENTS,
+    "per-token": MIXED | LEVEL | DOCUMENTS | {"calculate_per_token_loss": True},
     "moe": MIXED | LEVEL | MOE,
 }
 """Models and contexts that share a checkpoint and a one-process run."""

@@ -17,12 +17,13 @@ from megacontext_megatron.data.samples import Item
 class Batch:
     """One micro-batch of `b` working contexts over `b / V` raw samples, whole (not yet context-parallel) rows.
 
-    `start`, `level`: int64 [b, W].  `text`: int64 [b / V, C + 1] and `mask`: int64 [b / V, C], only on stages that
-    read tokens.
+    `start`, `level`: int64 [b, W].  `shortened`: int64 [b, 1], history tokens left out under `no-cross`.  `text`: int64
+    [b / V, C + 1] and `mask`: int64 [b / V, C], only on stages that read tokens.
     """
 
     start: Tensor
     level: Tensor
+    shortened: Tensor
     text: Tensor | None = None
     mask: Tensor | None = None
 
@@ -39,7 +40,7 @@ class BatchLayout:
         """Return the fields of a batch and their shapes, in the order of the broadcast buffer."""
         b, c = self.micro_batch_size, self.context
         raw = b // c.variants
-        rows = {"start": (b, c.window), "level": (b, c.window)}
+        rows = {"start": (b, c.window), "level": (b, c.window), "shortened": (b, 1)}
         text = {"text": (raw, c.source_length + 1), "mask": (raw, c.source_length)}
         return {**rows, **text} if self.has_text else rows
 
@@ -67,7 +68,8 @@ def next_item(iterator: Iterator[Item], variants: int) -> Item:
     """Return the loader's next collated micro-batch on the CPU, checked, with each raw sample's text once."""
     item = next(iterator)
     check_variants(item["identity"], variants)
-    return {k: v[::variants] if k in ("text", "mask") else v for k, v in item.items()}
+    once = {k: v[::variants] if k in ("text", "mask") else v for k, v in item.items()}
+    return {**once, "shortened": item["identity"][:, 2:]}
 
 
 def broadcast_batch(item: Item | None, layout: BatchLayout, group: dist.ProcessGroup) -> Batch:

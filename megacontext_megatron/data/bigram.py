@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 CHUNK = 1 << 24
+GREATEST_VOCABULARY = 4096
+"""Memory grows with the square of the vocabulary: 128 MiB at this one."""
 
 
 def pair_counts(prefixes: Sequence[str], vocabulary: int) -> NDArray[np.int64]:
@@ -26,15 +29,17 @@ def pair_counts(prefixes: Sequence[str], vocabulary: int) -> NDArray[np.int64]:
     return counts.reshape(vocabulary, vocabulary)
 
 
-def add_one_nll(counts: NDArray[np.int64], texts: Iterable[NDArray[np.int64]], horizon: int) -> float:
-    """Return the mean negative log-likelihood, in nats, of the last `horizon` tokens of each text given the one before.
+def add_one_nll(counts: NDArray[np.int64], samples: Iterable[Mapping[str, Tensor]], horizon: int) -> float:
+    """Return the mean negative log-likelihood, in nats, of the last `horizon` targets of raw samples.
 
-    Laplace's rule: (count of the pair + 1) / (count of the first token + vocabulary).
+    Samples hold `tokens`, `labels` (int64 [C]) and `loss_mask` ([C]), as Megatron's data sets make them.  Laplace's
+    rule: (count of the pair + 1) / (count of the first token + vocabulary).
     """
     total, targets = 0.0, 0
     row_sums = counts.sum(axis=1)
-    for text in texts:
-        before, after = text[-horizon - 1 : -1], text[-horizon:]
+    for sample in samples:
+        counted = sample["loss_mask"][-horizon:].bool()
+        before, after = (sample[name][-horizon:][counted].numpy() for name in ("tokens", "labels"))
         total -= np.log((counts[before, after] + 1) / (row_sums[before] + counts.shape[0])).sum()
         targets += after.size
     return total / targets

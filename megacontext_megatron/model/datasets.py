@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -54,7 +56,16 @@ def dataset_config(args: Any, context: ContextConfig) -> GPTDatasetConfig:
         create_attention_mask=False,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=_sequences_per_dataset(args),
     )
+
+
+def _sequences_per_dataset(args: Any) -> dict[str, int] | None:
+    path = args.per_dataset_sequences_path
+    return None if path is None else json.loads(Path(path).read_text())
 
 
 class DatasetProvider:
@@ -76,19 +87,38 @@ class DatasetProvider:
         raw_sizes = [None if n is None else -(-n // context.variants) for n in sizes]
         reads = reads_tokens(self._settings, vp_stage)
         first = mpu.get_tensor_model_parallel_rank() == 0
-        kind = MockGPTDataset if self._args.mock_data else GPTDataset
         config = dataset_config(self._args, context)
-        raw = BlendedMegatronDatasetBuilder(
-            kind,
-            raw_sizes,  # pyright: ignore[reportArgumentType]
-            lambda: first and reads,
-            config,
-        ).build()
-        eod = cast(Any, config.tokenizer).eod if context.eod_policy == "no-cross" else None
-        identities = [SampleIdentity(seed=self._settings.seed, split=s.value, eod=eod) for s in Split]
+        raw = self._build(config, raw_sizes, wanted=first and reads)
+        # Every stage must find the same splits, or the loop would run a split that some stages cannot read.
         return tuple(
-            WorkingContextDataset(cast(RawDataset | None, data), context, identity, ContextPlanner(context))
-            if first and (data is not None if reads else bool(size))
+            self.contexts(data, context, split)
+            if first and found and size != 0 and (data is not None or not reads)
             else None
-            for data, size, identity in zip(raw, raw_sizes, identities, strict=True)
+            for data, size, found, split in zip(raw, raw_sizes, present_splits(config), Split, strict=True)
         )
+
+    def contexts(self, raw: RawDataset | None, context: ContextConfig, split: Split) -> WorkingContextDataset:
+        """Return the working contexts of a raw data set, or their rows alone where it is None."""
+        eod = None
+        if context.eod_policy == "no-cross":
+            from megatron.training import get_tokenizer
+
+            eod = cast(Any, get_tokenizer()).eod
+        identity = SampleIdentity(seed=self._settings.seed, split=split.value, eod=eod)
+        return WorkingContextDataset(raw, context, identity, ContextPlanner(context))
+
+    def held_out(self, samples: int) -> Any:
+        """Return Megatron's validation set of at least `samples` raw samples, on every rank; None if there is none."""
+        return self._build(dataset_config(self._args, self._settings.context), [1, samples, 1], wanted=True)[1]
+
+    def _build(self, config: GPTDatasetConfig, sizes: list[int | None], *, wanted: bool) -> list[RawDataset | None]:
+        kind = MockGPTDataset if self._args.mock_data else GPTDataset
+        builder = BlendedMegatronDatasetBuilder(kind, cast(list[int], sizes), lambda: wanted, config)
+        return cast(list[RawDataset | None], builder.build())
+
+
+def present_splits(config: GPTDatasetConfig) -> list[bool]:
+    """Return whether there is training, validation and test data, from the flags alone."""
+    if config.blend_per_split is not None and any(config.blend_per_split):
+        return [blend is not None for blend in config.blend_per_split]
+    return [bounds is not None for bounds in config.split_matrix or ()]

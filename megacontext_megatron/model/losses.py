@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megacontext_megatron.config import ContextConfig
+from megacontext_megatron.config import NLL_LAST, ContextConfig
 from megacontext_megatron.spans.metadata import SpanMetadata
 
 Report = dict[str, Tensor]
@@ -56,6 +56,12 @@ def row_sums(losses: Tensor, targets: Targets, spans: SpanMetadata, context: Con
     }
 
 
+def shortened_sums(shortened: Tensor, context: ContextConfig) -> dict[str, Tensor]:
+    """Return `shortened`, fp32 [1, 2]: history tokens left out, int64 [b, 1], and the mixed contexts they are of."""
+    mixed = shortened.view(-1, context.variants)[:, 1 if context.variants > 1 else 0 :].float()
+    return {"shortened": torch.stack([mixed.sum(), mixed.new_tensor(mixed.numel())]).unsqueeze(0)}
+
+
 def _pairs(value: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """Return [sum of value * weights, sum of counts] over rows for each of k weightings [k, b, s]: [k, 2]."""
     return torch.stack([(value * weights).sum(dim=(1, 2)), counts.expand_as(weights * value).sum(dim=(1, 2))], dim=1)
@@ -64,7 +70,7 @@ def _pairs(value: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
 def evaluation_report(sums: dict[str, Tensor], context: ContextConfig) -> Report:
     """Return what validation prints and logs beside the loss: NLL of the last H rows, by variant."""
     names = variant_names(context)
-    return {f"nll last {context.horizon} {name}": sums["variant"][k] for k, name in enumerate(names)}
+    return {NLL_LAST.format(H=context.horizon, variant=name): sums["variant"][k] for k, name in enumerate(names)}
 
 
 def variant_names(context: ContextConfig) -> list[str]:

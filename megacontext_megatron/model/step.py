@@ -15,7 +15,7 @@ from megacontext_megatron.config import ContextConfig, Settings
 from megacontext_megatron.data.batch import Batch, BatchLayout, broadcast_batch, next_item
 from megacontext_megatron.data.samples import Item
 from megacontext_megatron.model.guard import GistGuard
-from megacontext_megatron.model.losses import Report, Targets, evaluation_report, row_sums, row_targets
+from megacontext_megatron.model.losses import Report, Targets, evaluation_report, row_sums, row_targets, shortened_sums
 from megacontext_megatron.model.parallel_groups import tensor_parallel_group
 from megacontext_megatron.spans.context_parallel import slice_rows
 from megacontext_megatron.spans.metadata import SpanMetadata
@@ -38,6 +38,7 @@ class ForwardStep:
     """Megatron's `forward_step_func` for working contexts; call it with a data iterator and a model.
 
     `observe` receives the detached row sums of every training micro-batch on the last stage, `check` every loss.
+    `per_token_loss` is `--calculate-per-token-loss`, under which Megatron divides by all ranks' counts itself.
     `timers` is Megatron's, whose `batch-generator` timer it runs.
     """
 
@@ -45,6 +46,7 @@ class ForwardStep:
     micro_batch_size: int
     eval_micro_batch_size: int
     needs_mask: bool
+    per_token_loss: bool
     timers: Any
     observe: Observer | None = None
     guard: GistGuard | None = None
@@ -66,7 +68,7 @@ class ForwardStep:
         if batch.text is not None and batch.mask is not None:
             targets = row_targets(batch.text, batch.mask, spans)
         output = self._run(model, batch, spans, targets)
-        return output, self._loss_function(targets, spans, training=model.training)
+        return output, self._loss_function(targets, spans, batch.shortened, training=model.training)
 
     def _next_batch(self, iterator: Iterator[Item], model: torch.nn.Module, vp_stage: int | None) -> Batch:
         context = self.settings.context
@@ -106,7 +108,9 @@ class ForwardStep:
             self._masks[rows] = torch.ones(rows, rows, dtype=torch.bool, device=device).triu(1)[None, None]
         return self._masks[rows]
 
-    def _loss_function(self, targets: Targets | None, spans: SpanMetadata, *, training: bool) -> LossFunction:
+    def _loss_function(
+        self, targets: Targets | None, spans: SpanMetadata, shortened: Tensor, *, training: bool
+    ) -> LossFunction:
         context: ContextConfig = self.settings.context
 
         def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, Report]:
@@ -116,8 +120,9 @@ class ForwardStep:
             report = {"lm loss": torch.stack([total.detach(), count])}
             if self.check is not None:
                 self.check(total)
-            total, count = _over_context_parallel(total, count)
-            sums = row_sums(losses, targets, spans, context)
+            if not self.per_token_loss:
+                total, count = _over_context_parallel(total, count)
+            sums = row_sums(losses, targets, spans, context) | shortened_sums(shortened, context)
             if not training:
                 report |= evaluation_report(sums, context)
             elif self.observe is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -22,7 +23,7 @@ def loss_checks(*, not_finite: bool, spiky: bool) -> Callable[[Tensor], None]:
 
     def check(loss: Tensor) -> None:
         machine = get_rerun_state_machine()
-        rejections: list[tuple[str, Callable[[Tensor], bool | Tensor], bool]] = []
+        rejections: list[tuple[str, Callable[[Any], Any], bool]] = []
         if not_finite:
             rejections += [("found NaN in the loss", torch.isnan, True), ("found Inf in the loss", torch.isinf, True)]
         if spiky:

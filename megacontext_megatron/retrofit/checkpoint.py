@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,45 @@ MODEL_SETTINGS = (
     "softmax_type",
     "swiglu",
     "squared_relu",
+    "quick_geglu",
+    "openai_gelu",
+    "layernorm_zero_centered_gamma",
+    "use_mup",
     "add_bias_linear",
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",
     "num_experts",
 )
-EXPERT_SETTINGS = ("moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+EXPERT_SETTINGS = (
+    "moe_layer_freq",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+)
 """With MODEL_SETTINGS: what weights are made for. Megatron drops weights that a run has no use for without a word."""
+NOT_THE_FUNCTION = (
+    "recompute_",
+    "fp8",
+    "fp4",
+    "cuda_graph",
+    "cpu_offloading",
+    "fine_grained",
+    "cp_comm",
+    "tp_comm",
+    "moe_token_dispatcher",
+    "attention_backend",
+    "transformer_impl",
+    "pipeline_",
+    "num_layers_in_",
+    "distribute_saved",
+    "use_kitchen",
+    "kitchen_",
+    "config_logger",
+    "inference_",
+)
+"""Prefixes of transformer settings that change how a model is run rather than what it computes."""
 RESUME_SETTINGS = ("megacontext", "mc_variants", "mc_source_length", "seq_length")
 """Fixed for a run that continues another's data order; free for one that only takes its weights."""
 
@@ -152,22 +185,41 @@ def source_of(args: Namespace) -> SavedRun | None:
     return saved_run(args.load, args.ckpt_step) or saved_run(args.pretrained_checkpoint, args.ckpt_step)
 
 
-def restore_settings(args: Namespace, more: Sequence[str], explicit: Callable[[str], bool]) -> None:
-    """Give a run under `--use-checkpoint-args` its checkpoint's encoding and fixed settings.
+def restore_settings(args: Namespace, groups: Sequence[Sequence[str]], typed: Mapping[str, Any]) -> None:
+    """Give a run under `--use-checkpoint-args` its checkpoint's encoding, model function and fixed settings.
 
-    Megatron restores its own arguments and knows only `rope`.  `more` names further arguments to restore.  Flags for
-    which `explicit` says that they were typed keep their values; a difference is then refused like any other.
+    Megatron restores some of its own arguments and knows only `rope`.  `groups` are further arguments to restore, each
+    group as a whole unless one of it was typed; the first is restored singly.  What was typed, by name, keeps its
+    value, Megatron's own arguments included; a difference is then refused like any other.
     """
     saved = source_of(args)
     if saved is None:
-        return
-    if not explicit("mc_encoding") and not explicit("position_embedding_type"):
-        args.mc_encoding = getattr(saved.args, "mc_encoding", None)
-    names = (*GAUSSIAN_SETTINGS, *CONTEXT_SETTINGS, *RESUME_SETTINGS, *ROTARY_SETTINGS, *PATTERN_SETTINGS)
-    context = ("mc_recent_tokens", "mc_horizon", "mc_plan", "mc_level2_prob", "mc_eod_policy")
-    for name in (*names, *context, *more):
-        if hasattr(saved.args, name) and not explicit(name):
+        raise ConfigError("--use-checkpoint-args needs --load or --pretrained-checkpoint.")
+    names = {*GAUSSIAN_SETTINGS, *CONTEXT_SETTINGS, *RESUME_SETTINGS, *ROTARY_SETTINGS, *PATTERN_SETTINGS}
+    names |= {"mc_recent_tokens", "mc_horizon", "mc_plan", "mc_level2_prob", "mc_eod_policy"}
+    names |= function_arguments(args)
+    for place, group in enumerate(groups):
+        if place == 0 or not any(name in typed for name in group):
+            names.update(group)
+    if "mc_encoding" not in typed and "position_embedding_type" not in typed:
+        names.add("mc_encoding")
+    for name in names:
+        if hasattr(saved.args, name):
             setattr(args, name, getattr(saved.args, name))
+    if "mc_encoding" in names and not hasattr(saved.args, "mc_encoding"):
+        args.mc_encoding = None
+    for name, value in typed.items():
+        setattr(args, name, value)
+
+
+def function_arguments(args: Namespace) -> set[str]:
+    """Return the arguments that shape what a model computes: its transformer config without layout and precision."""
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    layout = {field.name for field in dataclasses.fields(ModelParallelConfig)}
+    names = {field.name for field in dataclasses.fields(TransformerConfig)} - layout
+    return {name for name in names if hasattr(args, name) and not name.startswith(NOT_THE_FUNCTION)}
 
 
 def differences(args: Namespace, saved: SavedRun, *, resumes: bool) -> list[Difference]:

@@ -11,11 +11,6 @@ def widths(levels: Tensor, block_size: int) -> Tensor:
     return torch.pow(block_size, levels.long())
 
 
-def nodes_per_level(source_length: int, block_size: int, max_level: int) -> list[int]:
-    """Return how many complete nodes each level 0..max_level has over `source_length` tokens."""
-    return [source_length // block_size**level for level in range(max_level + 1)]
-
-
 def entry_index(starts: Tensor, levels: Tensor, source_length: int, block_size: int) -> Tensor:
     """Return the place of each row's node in the entry table, in which level 0 comes first, then 1, then 2.
 

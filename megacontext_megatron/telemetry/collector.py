@@ -64,6 +64,7 @@ def row_scalars(sums: dict[str, Tensor], settings: Settings, variants: Sequence[
     if len(variants) > 1 and sums["variant"][:, 1].all():
         out[names.ADVANTAGE.at()] = _ratio(sums["variant"][1:].sum(dim=0)) - _ratio(sums["variant"][0])
     out[names.SPAN_WIDTH.at()] = _ratio(sums["width"][0])
+    out[names.SHORTENED.at()] = _ratio(sums["shortened"][0])
     out[names.COMPRESSION.at()] = context.source_length / context.window
     return out
 

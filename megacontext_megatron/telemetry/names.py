@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megacontext_megatron import config
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
@@ -22,9 +24,7 @@ LOSS = Metric(name="lm loss", unit="nats per row", meaning="next-token loss over
 LOD_LOSS = Metric(name="mc/lod_loss/{level}", unit="nats per row", meaning="next-token loss of rows at a level")
 LOD_COUNT = Metric(name="mc/lod_count/{level}", unit="rows per step", meaning="rows of mixed contexts at a level")
 FRAC_LEVEL = Metric(name="mc/frac_level/{level}", unit="fraction", meaning="share of mixed contexts' rows at a level")
-NLL_LAST = Metric(
-    name="mc/nll_last/{H}/{variant}", unit="nats per token", meaning="loss of the last H rows, by variant"
-)
+NLL_LAST = Metric(name=config.NLL_LAST, unit="nats per token", meaning="loss of the last H rows, by variant")
 ADVANTAGE = Metric(
     name="mc/adv_delta_mean",
     unit="nats per token",
@@ -36,6 +36,11 @@ SUBSTITUTION = Metric(
     meaning="loss of the last H rows of mixed contexts minus that with all C tokens as rows (evaluate)",
 )
 SPAN_WIDTH = Metric(name="mc/span_width_mean", unit="tokens", meaning="mean width of mixed contexts' rows")
+SHORTENED = Metric(
+    name="mc/shortened_tokens_mean",
+    unit="tokens",
+    meaning="history left out of mixed contexts because documents end inside the blocks that would have to collapse",
+)
 COMPRESSION = Metric(name="mc/compression", unit="tokens per row", meaning="C / W")
 SIGMA_SCALE = Metric(
     name="mc/pos/sigma_scale/{layer}/{level}", unit="factor", meaning="learned factor on sigma, mean over query groups"
@@ -54,6 +59,7 @@ TABLE = (
     ADVANTAGE,
     SUBSTITUTION,
     SPAN_WIDTH,
+    SHORTENED,
     COMPRESSION,
     SIGMA_SCALE,
     SIGMA_HISTOGRAM,

@@ -101,10 +101,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="folder a run was saved to (--save)")
     folder: Path = parser.parse_args(argv).folder
     if not (folder / METRICS_FILE).is_file():
-        parser.error(f"{folder / METRICS_FILE} does not exist: give the folder that a run had as --save")
+        parser.error(
+            f"{folder / METRICS_FILE} is missing: give the folder a run had as --save, after its first --log-interval"
+        )
     entries = read_metrics(folder)
     evaluated = folder / EVALUATION_FILE
     evaluation = json.loads(evaluated.read_text()) if evaluated.is_file() else None
+    if evaluation is not None and evaluation["iteration"] > entries[-1]["iteration"]:
+        print(f"{evaluated} is of an earlier run and is left out")
+        evaluation = None
     from rich.console import Console
     from rich.table import Table
 

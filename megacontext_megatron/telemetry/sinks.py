@@ -18,8 +18,8 @@ METRICS_FILE = "metrics.jsonl"
 class Sinks:
     """Writes intervals on the rank that Megatron logs from.
 
-    `folder` is where checkpoints are saved (None: no file).  Lines are appended: a resumed run repeats the iterations
-    after its checkpoint, and the last line of an iteration holds.
+    `folder` is where checkpoints are saved (None: no file).  Lines are only ever appended: a run that resumes, or
+    starts anew in the same folder, repeats iterations, and read_metrics leaves out what that replaced.
     """
 
     def __init__(self, folder: str | None, tensorboard: Any, wandb: Any) -> None:
@@ -43,7 +43,8 @@ class Sinks:
         if self._folder is not None:
             path = Path(self._folder) / METRICS_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
-            line = {"iteration": iteration, "consumed_samples": consumed_samples, **interval.scalars}
+            histograms = {name: values.tolist() for name, values in interval.histograms.items()}
+            line = {"iteration": iteration, "consumed_samples": consumed_samples, **interval.scalars, **histograms}
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         print(log_line(interval.scalars, iteration), flush=True)
@@ -58,7 +59,11 @@ def log_line(scalars: dict[str, float], iteration: int) -> str:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
-    """Return the last line of each iteration in a folder's metrics file, in order of iteration."""
-    lines = (Path(folder) / METRICS_FILE).read_text().splitlines()
-    by_iteration = {entry["iteration"]: entry for entry in map(json.loads, lines)}
-    return [by_iteration[key] for key in sorted(by_iteration)]
+    """Return the lines of a folder's metrics file in order of iteration, without those a later run went back behind."""
+    entries: list[dict[str, float]] = []
+    for line in (Path(folder) / METRICS_FILE).read_text().splitlines():
+        entry = json.loads(line)
+        while entries and entries[-1]["iteration"] >= entry["iteration"]:
+            entries.pop()
+        entries.append(entry)
+    return entries

@@ -116,7 +116,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(small_run, corp
     assert training_rows(resumed) == training_rows(small_run)[MIDDLE * MICRO_BATCHES :]
     assert resumed.metrics == small_run.metrics[MIDDLE:]
     assert [line["consumed_samples"] for line in resumed.metrics] == [24, 32]
-    for tag in small_run.tags("nll last"):
+    for tag in small_run.tags("mc/nll_last"):
         assert resumed.scalars(tag)[-1] == small_run.scalars(tag)[-1]
     expected = tensors(saved, END, tmp_path)
     assert tensors(tmp_path / "checkpoints", END, tmp_path) == expected
@@ -245,7 +245,7 @@ def test_checkpoint_arguments_restore_what_was_not_typed(corpus, saved, tmp_path
 
 
 FIXED = {
-    "--mc-block-size": ({"mc_block_size": 16}, "8", "16"),
+    "--mc-block-size": ({"mc_block_size": 16, "mc_source_length": 768}, "8", "16"),
     "--mc-max-level": ({"mc_max_level": 1, "mc_source_length": 256}, "2", "1"),
     "--gaussian-rope-sigma": ({"gaussian_rope_sigma": "width"}, "uniform", "width"),
     "--gaussian-rope-sides": ({"gaussian_rope_sides": "k"}, "qk", "k"),
@@ -489,6 +489,19 @@ def test_positional_parameters_that_are_not_asked_for_stop_the_run(corpus, saved
     assert result.returncode != 0
     assert "did not provide the plugin's parameters decoder.layers.0." in result.error
     assert "decoder.layers.1." in result.error
+
+
+@pytest.mark.full
+def test_a_checkpoint_that_lacks_positional_parameters_does_not_load(corpus, tmp_path):
+    quick = {"no_save_optim": True, "eval_iters": 0}
+    flags = small_flags(corpus, save=tmp_path / "saved", **quick)
+    train(flags, workdir=tmp_path / "save", before=leave_out).check()
+    assert SIGMA not in tensors(tmp_path / "saved", MIDDLE, tmp_path)
+    flags = small_flags(corpus, load=tmp_path / "saved", ckpt_step=MIDDLE, **quick)
+    result = train(flags, workdir=tmp_path / "load")
+    assert result.returncode != 0
+    assert "log_scale" in result.log
+    assert "iteration        3/" not in result.log
 
 
 @pytest.mark.full

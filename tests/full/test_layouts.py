@@ -63,6 +63,8 @@ OTHER_FAMILIES = (
     Layout(name="documents, PP4", ranks=4, flags={"pipeline_model_parallel_size": 4}, family="documents"),
     Layout(name="documents, CP2", ranks=2, flags=CP, family="documents"),
     Layout(name="documents, DP2", ranks=2, family="documents"),
+    Layout(name="loss per token, CP2", ranks=2, flags=CP, family="per-token"),
+    Layout(name="loss per token, DP2, distributed optimizer", ranks=2, flags=DIST_OPT, family="per-token"),
 )
 MOE = (
     Layout(name="EP2", ranks=2, flags=EP, family="moe"),
@@ -88,6 +90,7 @@ SETTINGS = (
     ("windowed", {"window_size": None, "window_attn_skip_freq": None}),
     ("documents", {"eod_mask_loss": None}),
     ("documents", {"mc_eod_policy": "ignore"}),
+    ("per-token", {"calculate_per_token_loss": None}),
     ("moe", {"moe_router_bias_update_rate": 0.0}),
 )
 """What a family has over others, taken away."""

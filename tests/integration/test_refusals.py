@@ -32,7 +32,17 @@ CONTEXTS = {
     ),
     "nothing to collapse": ({"mc_source_length": 64}, "--mc-source-length 64", "--seq-length 64", "--mc-plan recency"),
     "no variants": ({"mc_variants": 0}, "--mc-variants 0"),
-    "the same variant twice": ({"mc_plan": "recency"}, "--mc-plan recency", "--mc-variants 2"),
+    "the same variant twice": (
+        {"mc_plan": "recency", "mc_level2_prob": None},
+        "--mc-plan recency",
+        "--mc-variants 2",
+    ),
+    "a probability that no plan reads": ({"mc_plan": "heuristic"}, "--mc-level2-prob", "--mc-plan heuristic"),
+    "a level to learn that no context has": (
+        {"mc_block_size": 32, "mc_recent_tokens": 32, "seq_length": 128},
+        "--gaussian-rope-learnable-sigma level",
+        "--mc-max-level 1",
+    ),
     "block of one": ({"mc_block_size": 1}, "--mc-block-size 1"),
     "probability above 1": ({"mc_level2_prob": 1.5}, "--mc-level2-prob 1.5"),
     "variants of a sample in two micro-batches": (

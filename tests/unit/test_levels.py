@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacontext_megatron.spans.levels import entry_index, nodes_per_level, widths
+from megacontext_megatron.spans.levels import entry_index, widths
 
 BLOCK_SIZES = st.integers(2, 7)
 
@@ -35,15 +35,6 @@ def test_entry_index_keeps_shape_and_order(block_size: int, blocks: int, data: s
     start = torch.tensor([entries[n][0] for n in picked]).view(2, 3)
     level = torch.tensor([entries[n][1] for n in picked]).view(2, 3)
     assert entry_index(start, level, source, block_size).tolist() == torch.tensor(picked).view(2, 3).tolist()
-
-
-@given(block_size=BLOCK_SIZES, blocks=st.integers(0, 40), max_level=st.integers(0, 2))
-def test_nodes_per_level_counts_complete_nodes(block_size: int, blocks: int, max_level: int):
-    source = blocks * block_size
-    counts = [0] * (max_level + 1)
-    for _, level in table(source, block_size, max_level):
-        counts[level] += 1
-    assert nodes_per_level(source, block_size, max_level) == counts
 
 
 def test_widths_are_exact_integers():

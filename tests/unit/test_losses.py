@@ -198,7 +198,7 @@ def test_validation_reports_the_last_rows_by_variant(variants: int, names: list[
     sums = row_sums(losses, targets, spans, context)
     report = evaluation_report(sums, context)
     assert variant_names(context) == names
-    assert list(report) == [f"nll last 5 {name}" for name in names]
+    assert list(report) == [f"mc/nll_last/5/{name}" for name in names]
     for variant, pair in enumerate(report.values()):
         last = targets.mask[variant::variants, -5:]
         assert pair[1] == last.sum()

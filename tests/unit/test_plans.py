@@ -78,14 +78,16 @@ def contexts(draw: st.DrawFn, **fixed: Any) -> ContextConfig:
         "level2_prob": draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
         "eod_policy": draw(st.sampled_from(["ignore", "no-cross"])),
         "horizon": draw(st.integers(1, recent)),
-    }
+    } | fixed
+    if settings["variants"] > 2 and settings["plan"] == "heuristic":
+        settings["plan"] = "mix"
     return ContextConfig(
         window=source - dropped - (k - 1) * merges,
         source_length=source,
         block_size=k,
         max_level=max_level,
         recent_tokens=recent,
-        **(settings | fixed),
+        **settings,
     )
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from megacontext_megatron.arguments import REFUSALS, SPAN_REFUSALS, ContextFlags, PositionFlags
+from megacontext_megatron.arguments import ContextFlags, PositionFlags
 from megacontext_megatron.config import ContextConfig, GaussianRopeConfig, RotaryConfig, Settings
+from megacontext_megatron.refusals import REFUSALS, SPAN_REFUSALS
 from tests.small import TOKENS_ONLY, parse_only, refusal, small_flags
 
 DOCUMENTS = {
@@ -51,8 +52,24 @@ OTHERS = [
     ["--ckpt-format", "torch"],
     ["--ckpt-format", "torch_dcp"],
     ["--yaml-cfg", "run.yaml"],
+    ["--inprocess-restart"],
+    ["--log-straggler"],
+    ["--transformer-impl", "inference_optimized"],
+    ["--seed", "-1"],
+    ["--dist-ckpt-strictness", "log_all"],
+    ["--dist-ckpt-strictness", "ignore_all"],
+    ["--non-persistent-ckpt-type", "global"],
 ]
-WITH_SPANS = [["--transformer-impl", "transformer_engine"], ["--apply-layernorm-1p"]]
+WITH_SPANS = [
+    ["--transformer-impl", "transformer_engine"],
+    ["--apply-layernorm-1p"],
+    ["--fp8-format", "hybrid"],
+    ["--fp4-format", "e2m1"],
+    ["--attention-backend", "flash"],
+    ["--attention-backend", "fused"],
+    ["--cp-comm-type", "all_gather"],
+    ["--fp32-residual-connection", "--bf16"],
+]
 
 NOT_IN_MEGATRON = {
     "--fused-single-qkv-rope",
@@ -85,6 +102,7 @@ NEEDED = {
     "mc_variants": {"micro_batch_size": 4},
     "mc_max_level": {"mc_source_length": 256},
     "mc_block_size": {"mc_max_level": 2, "mc_source_length": 768},
+    "mc_plan": {"mc_level2_prob": None},
 }
 """What else must change with a flag for its value to be possible."""
 
@@ -219,7 +237,7 @@ def test_learning_what_gets_no_gradient_is_refused(outcomes):
     cases = [
         ({**TOKENS_ONLY, "gaussian_rope_learnable_sigma": "level"}, "--gaussian-rope-learnable-sigma"),
         ({**TOKENS_ONLY, "gaussian_rope_log_width_bias": True}, "--gaussian-rope-log-width-bias"),
-        ({"mc_plan": "recency", "mc_variants": 1}, "--gaussian-rope-learnable-sigma"),
+        ({"mc_plan": "recency", "mc_variants": 1, "mc_level2_prob": None}, "--gaussian-rope-learnable-sigma"),
         ({"gaussian_rope_sigma": "none"}, "--gaussian-rope-learnable-sigma"),
     ]
     found = outcomes(*(overrides for overrides, _ in cases))

@@ -76,7 +76,7 @@ def test_text_that_is_not_utf8(
     assert "a.txt" not in capsys.readouterr().err
     build(source, f"{prefix}_bpe", tokenizer=str(tokenizer_json))
     assert len(documents(f"{prefix}_bpe")) == 1
-    assert capsys.readouterr().err == (f"left out 1 documents that are not UTF-8: {source / 'a.txt'}\n")
+    assert capsys.readouterr().err.startswith(f"left out 1 documents that are not UTF-8: {source / 'a.txt'}\n")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,437 @@
+"""The commands around training: doctor, evaluate, report, and what each says of itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megacontext_megatron.position.registry import FEATURES, REGISTRY
+from megacontext_megatron.telemetry import report
+from tests import mutations
+from tests.launch import call
+from tests.small import TOKENS_ONLY, command, small_flags, small_training
+
+REPOSITORY = Path(__file__).parents[2]
+TP = {"tensor_model_parallel_size": 2}
+PP = {"pipeline_model_parallel_size": 2}
+LAYOUTS = {
+    "tp": TP,
+    "sp": {**TP, "sequence_parallel": True},
+    "pp": PP,
+    "cp": {"context_parallel_size": 2},
+    "dp": {},
+}
+TOLERANCE = 1e-5
+SAMPLES = 8
+
+
+def words(**flags: Any) -> list[str]:
+    """Return flags as a command line; True is the bare flag."""
+    return [
+        word
+        for name, value in flags.items()
+        for word in ("--" + name.replace("_", "-"), *([] if value is True else [str(value)]))
+    ]
+
+
+def findings(log: str) -> dict[str, str]:
+    """Return what the doctor found, by subject; layers of several ranks together."""
+    lines = (line.strip().split(maxsplit=1) for line in log.splitlines() if line.startswith("  "))
+    found = {}
+    for line in lines:
+        if len(line) == 2 and line[0] in ("layer", "pipeline"):
+            number, rest = line[1].removeprefix("stage ").split(maxsplit=1)
+            found[f"{line[0]} {number}"] = rest.strip()
+        elif len(line) == 2:
+            found[line[0]] = line[1].strip()
+    return found
+
+
+def test_the_doctor_finds_what_was_asked_for(corpus, tmp_path):
+    result = command("doctor", small_flags(corpus, log_interval=1), workdir=tmp_path).check()
+    found = findings(result.log)
+    assert found["encoding"] == "gaussian_rope"
+    assert found["context"] == "64 rows over 512 tokens, K = 8, levels 0 to 2, 2 variant(s), plan random"
+    assert found["carrier"] == "span metadata"
+    assert found["apply_rope_fusion"] == "False"
+    for layer in (1, 2):
+        assert found[f"layer {layer}"] == "SpanSelfAttention, gaussian_rope, core DotProductAttention (dense)"
+    for package in ("python", "megatron-core", "torch", "numpy"):
+        assert found[package][0].isdigit()
+    assert "NOT ACTIVE" not in result.log
+    assert result.log.count("--mtp-num-layers") == 1
+    assert found["start-up"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_doctor_examines_every_rank_of_a_layout(corpus, tmp_path, name):
+    result = command("doctor", small_flags(corpus, **LAYOUTS[name]), 2, workdir=tmp_path).check()
+    backend = "dense, gathered keys" if name == "cp" else "dense"
+    core = "GatheredKeyAttention" if name == "cp" else "DotProductAttention"
+    expected = f"SpanSelfAttention, gaussian_rope, core {core} ({backend})"
+    layers = [line.split(maxsplit=2) for line in result.log.splitlines() if line.startswith("  layer ")]
+    assert {line[2] for line in layers} == {expected}
+    assert sorted(line[1] for line in layers) == (["1", "2"] if name == "pp" else ["1", "1", "2", "2"])
+    assert result.log.count("\nversions\n") == 1
+
+
+def test_the_doctor_says_what_a_stock_encoding_runs(corpus, tmp_path):
+    flags = small_flags(corpus, **TOKENS_ONLY, position_embedding_type="rope")
+    found = findings(command("doctor", flags, workdir=tmp_path).check().log)
+    assert found["encoding"] == "rope"
+    assert found["layer 2"] == "SelfAttention, rope, core DotProductAttention (dense)"
+    assert "carrier" not in found
+
+
+def one_stock_layer() -> None:
+    """Let the second layer be Megatron's own."""
+    from megatron.core.transformer.attention import SelfAttention
+
+    from megacontext_megatron.model import gpt
+
+    real = gpt.decoder_block_spec
+
+    def with_stock(*args: Any, **kwargs: Any) -> Any:
+        spec = real(*args, **kwargs)
+        spec.layer_specs[1].submodules.self_attention.module = SelfAttention
+        return spec
+
+    gpt.decoder_block_spec = with_stock
+
+
+def one_still_layer() -> None:
+    """Let the rotary of the first layer leave queries and keys as they are."""
+    from megacontext_megatron.attention.self_attention import SpanSelfAttention
+
+    real = SpanSelfAttention.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        if self.layer_number == 1:
+            self.rotary.forward = lambda query, key, spans: (query, key)
+
+    SpanSelfAttention.__init__ = init
+
+
+def nothing_learned() -> None:
+    """Let all layers forget that sigma is learned."""
+    from megacontext_megatron.position.gaussian import GaussianRotary
+
+    real = GaussianRotary.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        real(self, *args[:3])
+
+    GaussianRotary.__init__ = init
+
+
+def stock_carrier() -> None:
+    """Let the model keep Megatron's rotary embedding."""
+    from megacontext_megatron.model import gpt
+
+    gpt.SpanCarrier = lambda: None
+
+
+FAULTS = {
+    one_stock_layer: ("layer 2", "NOT ACTIVE: gaussian_rope (the layer is SelfAttention)"),
+    one_still_layer: ("layer 1", "NOT ACTIVE: rotation by gaussian_rope"),
+    mutations.zero_sigma: ("layer 2", "NOT ACTIVE: rotation by gaussian_rope"),
+    nothing_learned: ("layer 1", "NOT ACTIVE: --gaussian-rope-learnable-sigma"),
+    stock_carrier: ("carrier", "NOT ACTIVE"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_the_doctor_exits_with_1_where_something_is_not_active(corpus, tmp_path, fault: Callable[[], None]):
+    result = command("doctor", small_flags(corpus), workdir=tmp_path, before=fault)
+    assert result.returncode == 1
+    assert "error: something requested is not active" in result.log
+    subject, expected = FAULTS[fault]
+    found = findings(result.log)
+    assert found[subject].endswith(expected)
+    others = {"layer 1", "layer 2", "carrier"} - {subject}
+    if fault in (one_stock_layer, one_still_layer, stock_carrier):
+        assert not [name for name in others if "NOT ACTIVE" in found[name]]
+
+
+def test_the_doctor_exits_with_2_where_a_request_is_refused(corpus, tmp_path):
+    result = command("doctor", small_flags(corpus, mc_source_length=500), workdir=tmp_path)
+    assert result.returncode == 2
+    assert "error: --mc-source-length 500 must be a multiple of --mc-block-size 8" in result.log
+    assert "Traceback" not in result.log
+
+
+def test_the_doctor_alone_shows_the_installation(tmp_path):
+    result = command("doctor", ["--cpu"], workdir=tmp_path).check()
+    assert "this run" not in result.log
+    assert "not supported" in result.log
+
+
+def test_the_doctor_prints_the_tables_of_the_readme(tmp_path):
+    printed = command("doctor", ["--tables"], workdir=tmp_path).check().log
+    lines = [line for line in printed.splitlines() if line.startswith("| `")]
+    for entry in REGISTRY.values():
+        (line,) = (line for line in lines if line.startswith(f"| `{entry.name}` |"))
+        assert line.count("| refused ") == len(FEATURES) - len(entry.supported)
+    assert any(line.startswith("| `--mc-source-length` |") for line in lines)
+    assert any(line.startswith("| `mc/lod_loss/{level}` |") for line in lines)
+    readme = (REPOSITORY / "README.md").read_text()
+    for name in ("flags", "support", "metrics"):
+        assert readme.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0].strip() in printed
+
+
+def evaluated(folder: Path, workdir: Path, ranks: int = 1, **flags: Any) -> dict[str, Any]:
+    """Evaluate a copy of the checkpoints in a folder and return what was written beside them."""
+    own = workdir / "own"
+    shutil.copytree(folder, own)
+    given = words(cpu=True, load=own, **{"mc_eval_samples": SAMPLES, **flags})
+    result = command("evaluate", given, ranks, workdir=workdir / "work").check()
+    assert f"written to {own / 'evaluation.json'}" in result.log
+    return {"log": result.log, **json.loads((own / "evaluation.json").read_text())}
+
+
+@pytest.fixture(scope="module")
+def evaluation(small_run, tmp_path_factory) -> dict[str, Any]:
+    """The evaluation of the small run in one process."""
+    return evaluated(small_run.save_dir, tmp_path_factory.mktemp("evaluation"), mc_eval_bigram=True)
+
+
+def recompute(argv: list[str], samples: int) -> dict[str, Any]:
+    """Return the losses of the last rows for each input and sample, one forward at a time, and the samples' tokens."""
+    import torch
+
+    from megacontext_megatron.arguments import add_evaluation_arguments
+    from megacontext_megatron.evaluate import FIXED_FLAGS, FROM_CHECKPOINT, held_out
+    from megacontext_megatron.pretrain import prepare
+    from megacontext_megatron.run import Run, parse
+    from megacontext_megatron.spans.metadata import SpanMetadata
+    from megacontext_megatron.spans.plan import plan_rows
+
+    prepare([*argv, *FIXED_FLAGS])
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.training import get_model, initialize_megatron
+
+    args, settings = parse(add_evaluation_arguments, FROM_CHECKPOINT)
+    initialize_megatron()
+    model = get_model(Run(args, settings).model_provider, wrap_with_ddp=False)
+    load_checkpoint(model, None, None)
+    model[0].eval()
+    context, raw = settings.context, held_out(args, settings)
+    c, w, h = context.source_length, context.window, context.horizon
+    alone = type(context)(window=w, source_length=c, block_size=8, recent_tokens=16, horizon=h, level2_prob=0.3)
+    losses: dict[str, list[float]] = {"recency": [], "mixed": [], "full": []}
+    texts = []
+    for sample in range(samples):
+        item = raw[sample]
+        text = torch.cat([item["tokens"], item["labels"][-1:]])
+        texts.append(text.tolist())
+        plan = plan_rows(alone, (settings.seed, 1, sample, 0))
+        rows = {
+            "recency": (torch.arange(c - w, c), torch.zeros(w, dtype=torch.int64)),
+            "mixed": (torch.from_numpy(plan.start), torch.from_numpy(plan.level)),
+            "full": (torch.arange(c), torch.zeros(c, dtype=torch.int64)),
+        }
+        for name, (start, level) in rows.items():
+            spans = SpanMetadata.of_nodes(start[None], level[None], context.block_size)
+            mask = torch.ones(len(start), len(start), dtype=torch.bool).triu(1)[None, None]
+            with torch.no_grad():
+                logits = model[0](input_ids=text[None, :-1], spans=spans, attention_mask=mask)
+            loss = torch.nn.functional.cross_entropy(logits[0, -h:].double(), text[-h:])
+            losses[name].append(loss.item())
+    return {"losses": losses, "texts": texts}
+
+
+def read_documents(prefix: str) -> list[list[int]]:
+    """Return the documents of an indexed data set."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    data = IndexedDataset(prefix)
+    return [data[index].tolist() for index in range(len(data))]
+
+
+@pytest.fixture(scope="module")
+def recomputed(small_run, tmp_path_factory) -> dict[str, Any]:
+    """The same numbers, computed sample by sample."""
+    argv = words(cpu=True, load=small_run.save_dir, mc_eval_samples=SAMPLES)
+    folder = tmp_path_factory.mktemp("recomputed")
+    return call(recompute, {"argv": argv, "samples": SAMPLES}, workdir=folder).check().values[0]
+
+
+@pytest.fixture(scope="module")
+def documents(corpus, tmp_path_factory) -> list[list[int]]:
+    """The corpus by document."""
+    return call(read_documents, {"prefix": str(corpus)}, workdir=tmp_path_factory.mktemp("read")).check().values[0]
+
+
+def test_evaluation_is_the_mean_over_samples_of_each_input(evaluation, recomputed):
+    means = {name: sum(values) / SAMPLES for name, values in recomputed["losses"].items()}
+    for name, mean in means.items():
+        assert evaluation[name] == pytest.approx(mean, rel=TOLERANCE)
+    # the three inputs differ, so that none can stand in for another
+    assert len({round(mean, 4) for mean in means.values()}) == 3
+    assert evaluation["advantage_delta"] == pytest.approx(means["mixed"] - means["recency"], abs=TOLERANCE)
+    assert evaluation["substitution_delta"] == pytest.approx(means["mixed"] - means["full"], abs=TOLERANCE)
+    assert evaluation["mc/adv_delta_mean"] == evaluation["advantage_delta"]
+    assert evaluation["mc/delta_sub/16"] == evaluation["substitution_delta"]
+    shape = {"iteration": 4, "samples": SAMPLES, "source_length": 512, "window": 64, "horizon": 16}
+    assert {name: evaluation[name] for name in shape} == shape
+    for name in ("recency", "mixed", "full", "bigram"):
+        assert f"{evaluation[name]:.4f}" in evaluation["log"]
+
+
+def test_evaluation_reads_held_out_text(recomputed, documents):
+    # of 18 documents, the split of 90, 5, 5 gives one to validation
+    held_out = {len(documents) * 90 // 100}
+    for text in recomputed["texts"]:
+        assert len(text) == 512 + 1
+        pieces = bytes(min(token, 255) for token in text).split(b"\xff")
+        piece = max(pieces, key=len)
+        assert {index for index, document in enumerate(documents) if piece in bytes(document[:-1])} == held_out
+
+
+def test_the_bigram_baseline_predicts_the_same_targets(evaluation, recomputed, documents):
+    counts = np.zeros((320, 320))
+    tokens = [token for document in documents for token in document]
+    np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
+    nll = []
+    for text in recomputed["texts"]:
+        for before, after in zip(text[-17:-1], text[-16:], strict=True):
+            nll.append(-np.log((counts[before, after] + 1) / (counts[before].sum() + 320)))
+    assert evaluation["bigram"] == pytest.approx(np.mean(nll), rel=1e-9)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_evaluation_is_the_same_in_every_layout(evaluation, small_run, tmp_path, name):
+    found = evaluated(small_run.save_dir, tmp_path, 2, **LAYOUTS[name])
+    for key in ("recency", "mixed", "full", "advantage_delta", "substitution_delta"):
+        assert found[key] == pytest.approx(evaluation[key], rel=TOLERANCE, abs=TOLERANCE)
+    assert found["samples"] == evaluation["samples"]
+
+
+@pytest.mark.full
+def test_evaluation_counts_the_samples_it_took(small_run, recomputed, tmp_path):
+    found = evaluated(small_run.save_dir, tmp_path, mc_eval_samples=SAMPLES, micro_batch_size=6)
+    assert found["samples"] == 6
+    assert found["recency"] == pytest.approx(sum(recomputed["losses"]["recency"][:6]) / 6, rel=TOLERANCE)
+
+
+def test_evaluation_refuses_what_it_cannot_evaluate(small_run, tmp_path):
+    cases = {
+        "--load is needed": words(cpu=True),
+        "--mc-eval-samples 1 is less": words(cpu=True, load=small_run.save_dir, mc_eval_samples=1),
+        "there is no held-out data": words(cpu=True, load=small_run.save_dir, split="100,0,0"),
+        "--mc-block-size: checkpoint 8": words(cpu=True, load=small_run.save_dir, mc_block_size=16),
+        f"{tmp_path / 'nothing'} holds no checkpoint": words(cpu=True, load=tmp_path / "nothing"),
+    }
+    for expected, argv in cases.items():
+        result = command("evaluate", argv, workdir=tmp_path / "work")
+        assert result.returncode == 2, result.log
+        (line,) = (line for line in result.log.splitlines() if "error: " in line)
+        assert line.startswith("error: ")
+        assert expected in line
+    assert not (small_run.save_dir / "evaluation.json").exists()
+
+
+def test_the_report_writes_a_table_and_a_figure(small_run, evaluation, tmp_path, capsys):
+    for name in ("metrics.jsonl",):
+        shutil.copy(small_run.save_dir / name, tmp_path)
+    report.main([str(tmp_path)])
+    without = capsys.readouterr().out
+    held_out = {key: value for key, value in evaluation.items() if key != "log"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(held_out))
+    report.main([str(tmp_path)])
+    shown = capsys.readouterr().out
+    first, last = small_run.metrics[0], small_run.metrics[-1]
+    for text in (without, shown):
+        assert f"{first['lm loss']:.3f} -> {last['lm loss']:.3f}" in text
+        assert f"{100 * last['mc/frac_level/1']:.1f} %" in text
+        assert f"{last['mc/lod_loss/2']:.3f}" in text
+        assert f"{last['mc/pos/sigma_mean/2']:.2f} tokens" in text
+        assert "8.0" in text
+    for key in ("recency", "mixed", "full", "bigram", "advantage_delta", "substitution_delta"):
+        assert f"{evaluation[key]:.3f} nats" in shown
+        assert f"{evaluation[key]:.3f} nats" not in without
+    figure = tmp_path / "training.png"
+    assert f"figure: {figure}" in shown.replace("\n", "")
+    from matplotlib import image
+
+    pixels = image.imread(figure)
+    assert pixels.shape[0] > 300
+    assert pixels.shape[1] > 2 * pixels.shape[0]
+    assert pixels.std() > 0.05
+
+
+def test_the_report_names_the_file_it_misses(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    assert stop.value.code == 2
+    assert f"{tmp_path / 'metrics.jsonl'} does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("encoding", ["rope", "gaussian_rope"])
+def test_a_run_of_tokens_alone_is_evaluated_and_reported(corpus, tmp_path, capsys, encoding):
+    quick = {"position_embedding_type": encoding, "train_iters": 2, "eval_iters": 0, "save": tmp_path / "saved"}
+    small_training(corpus, tmp_path / "train", **{**TOKENS_ONLY, **quick}).check()
+    found = evaluated(tmp_path / "saved", tmp_path)
+    assert found["recency"] > 0
+    assert found["mixed"] is found["full"] is found["advantage_delta"] is found["substitution_delta"] is None
+    report.main([str(tmp_path / "own")])
+    shown = capsys.readouterr().out
+    assert f"{found['recency']:.3f} nats" in shown
+    assert "all tokens as rows" not in shown
+    assert (tmp_path / "own" / "training.png").exists()
+
+
+HELP = {
+    "pretrain": [
+        "gaussian rope:",
+        "megacontext:",
+        "running:",
+        "--mc-source-length",
+        "--gaussian-rope-learnable-sigma {none,level,layer,head}",
+        "--cpu",
+        "network size:",
+        "--tensor-model-parallel-size",
+        "learning rate and weight decay:",
+    ],
+    "evaluate": ["evaluation:", "--mc-eval-samples", "megacontext:", "--tensor-model-parallel-size"],
+    "doctor": ["--tables", "FLAGS", "layer by layer"],
+    "telemetry.report": ["folder"],
+    "data.corpus": ["--output-prefix", "--held-out"],
+}
+
+
+@pytest.mark.parametrize("module", HELP)
+def test_help_shows_every_group(module, tmp_path):
+    result = command(module, ["--help"], workdir=tmp_path)
+    assert result.returncode == 0, result.log
+    assert "usage: " in result.log
+    for part in HELP[module]:
+        assert part in result.log
+    assert "error" not in result.log.split("usage: ")[0].lower()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("module", HELP)
+def test_the_commands_start_as_modules(module, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"megacontext_megatron.{module}", "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(part in done.stdout for part in HELP[module])
