@@ -58,10 +58,11 @@ DATA = (
     "valid_data_path",
     "test_data_path",
     "per_split_data_args_path",
-    "split",
-    "mock_data",
 )
 """Arguments that name the data: all taken from the checkpoint, or, where one is typed, none."""
+
+SPLIT = ("split", "mock_data")
+"""Arguments that belong to the checkpoint's data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megacontext_megatron.arguments import add_evaluation_arguments
         from megacontext_megatron.run import parse
 
-        args, settings = parse(add_evaluation_arguments, (FROM_CHECKPOINT, DATA))
+        names_data = any(value_of(words, f"--{name.replace('_', '-')}") is not None for name in DATA)
+        args, settings = parse(add_evaluation_arguments, FROM_CHECKPOINT + (() if names_data else (*DATA, *SPLIT)))
         evaluation = evaluate(args, settings)
     except ConfigError as error:
         exit_with(error)
@@ -264,15 +266,17 @@ def loader(args: argparse.Namespace, data: Any) -> Any:
 
 def bigram(args: argparse.Namespace, settings: Settings, raw: Any) -> float:
     """Return the loss of an add-one bigram model of the training data on the same targets."""
-    from megatron.training.utils import get_blend_and_blend_per_split
-
     from megacontext_megatron.data.bigram import GREATEST_VOCABULARY, add_one_nll, pair_counts
     from megacontext_megatron.data.manifest import read_manifest
+    from megacontext_megatron.model.datasets import dataset_config, present_splits
 
-    _, per_split = get_blend_and_blend_per_split(args)
-    if not per_split or per_split[0] is None:
-        raise ConfigError("--mc-eval-bigram needs --train-data-path: --data-path also holds the text evaluated on.")
-    prefixes = per_split[0][0]
+    config: Any = dataset_config(args, settings.context)
+    if config.mock or not present_splits(config)[0]:
+        raise ConfigError("--mc-eval-bigram needs training data: give --train-data-path, or --data-path and --split.")
+    if config.blend is not None:
+        (prefixes, _), share = config.blend, config.split_matrix[0]
+    else:
+        (prefixes, _), share = config.blend_per_split[0], (0.0, 1.0)
     manifest = read_manifest(prefixes[0])
     vocabulary = manifest.tokenizer.vocab_size if manifest else args.vocab_size
     if vocabulary > GREATEST_VOCABULARY:
@@ -281,7 +285,7 @@ def bigram(args: argparse.Namespace, settings: Settings, raw: Any) -> float:
             f"beyond {GREATEST_VOCABULARY}."
         )
     samples = [raw[i] for i in range(whole_steps(args) * samples_a_step(args))]
-    return add_one_nll(pair_counts(prefixes, vocabulary), samples, settings.context.horizon)
+    return add_one_nll(pair_counts(prefixes, vocabulary, share), samples, settings.context.horizon)
 
 
 def print_table(evaluation: Evaluation) -> None:

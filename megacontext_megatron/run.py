@@ -37,12 +37,12 @@ Namespace = argparse.Namespace
 
 def parse(
     add_more: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None = None,
-    from_checkpoint: Sequence[Sequence[str]] = (),
+    from_checkpoint: Sequence[str] = (),
 ) -> tuple[Namespace, Settings]:
     """Parse and validate `sys.argv`, refuse what cannot be honoured, and set Megatron's global variables.
 
-    `add_more` adds a command's own groups; `from_checkpoint` names groups of arguments that `--use-checkpoint-args`
-    restores in addition (see retrofit.checkpoint.restore_settings).  Raises ConfigError before any model is built.
+    `add_more` adds a command's own groups; `from_checkpoint` names arguments that `--use-checkpoint-args` restores in
+    addition.  Raises ConfigError before any model is built.
     """
     from megatron.training.arguments import parse_args
     from megatron.training.checkpointing import load_args_from_checkpoint

@@ -13,16 +13,20 @@ GREATEST_VOCABULARY = 4096
 """Memory grows with the square of the vocabulary: 128 MiB at this one."""
 
 
-def pair_counts(prefixes: Sequence[str], vocabulary: int) -> NDArray[np.int64]:
-    """Count adjacent token pairs of whole data sets, end-of-document tokens included: int64 [vocabulary, vocabulary].
+def pair_counts(prefixes: Sequence[str], vocabulary: int, share: tuple[float, float] = (0.0, 1.0)) -> NDArray[np.int64]:
+    """Count adjacent token pairs of data sets, end-of-document tokens included: int64 [vocabulary, vocabulary].
 
-    Meant for byte-sized vocabularies: memory grows with the square.
+    `share` bounds the documents of each data set that count, as fractions, the way Megatron's `--split` cuts them.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     counts = np.zeros(vocabulary * vocabulary, dtype=np.int64)
     for prefix in prefixes:
-        tokens = np.memmap(f"{prefix}.bin", dtype=IndexedDataset(prefix).index.dtype, mode="r")
+        # Bound to a name: an index that is collected takes its memory map with it.
+        dataset = IndexedDataset(prefix)
+        begin, end = (round(bound * len(dataset.sequence_lengths)) for bound in share)
+        places = np.concatenate([[0], np.cumsum(dataset.sequence_lengths, dtype=np.int64)])
+        tokens = np.memmap(f"{prefix}.bin", dtype=dataset.index.dtype, mode="r")[places[begin] : places[end]]
         for begin in range(0, len(tokens) - 1, CHUNK):
             part = tokens[begin : begin + CHUNK + 1].astype(np.int64)
             counts += np.bincount(part[:-1] * vocabulary + part[1:], minlength=counts.size)

@@ -185,22 +185,18 @@ def source_of(args: Namespace) -> SavedRun | None:
     return saved_run(args.load, args.ckpt_step) or saved_run(args.pretrained_checkpoint, args.ckpt_step)
 
 
-def restore_settings(args: Namespace, groups: Sequence[Sequence[str]], typed: Mapping[str, Any]) -> None:
+def restore_settings(args: Namespace, more: Sequence[str], typed: Mapping[str, Any]) -> None:
     """Give a run under `--use-checkpoint-args` its checkpoint's encoding, model function and fixed settings.
 
-    Megatron restores some of its own arguments and knows only `rope`.  `groups` are further arguments to restore, each
-    group as a whole unless one of it was typed; the first is restored singly.  What was typed, by name, keeps its
-    value, Megatron's own arguments included; a difference is then refused like any other.
+    Megatron restores some of its own arguments and knows only `rope`.  `more` names further arguments to restore.  What
+    was typed, by name, keeps its value, Megatron's own arguments included; a difference is then refused like any other.
     """
     saved = source_of(args)
     if saved is None:
         raise ConfigError("--use-checkpoint-args needs --load or --pretrained-checkpoint.")
     names = {*GAUSSIAN_SETTINGS, *CONTEXT_SETTINGS, *RESUME_SETTINGS, *ROTARY_SETTINGS, *PATTERN_SETTINGS}
     names |= {"mc_recent_tokens", "mc_horizon", "mc_plan", "mc_level2_prob", "mc_eod_policy"}
-    names |= function_arguments(args)
-    for place, group in enumerate(groups):
-        if place == 0 or not any(name in typed for name in group):
-            names.update(group)
+    names |= function_arguments(args) | set(more)
     if "mc_encoding" not in typed and "position_embedding_type" not in typed:
         names.add("mc_encoding")
     for name in names:

@@ -202,7 +202,7 @@ def evaluated(folder: Path, workdir: Path, ranks: int = 1, **flags: Any) -> dict
 @pytest.fixture(scope="module")
 def evaluation(small_run, tmp_path_factory) -> dict[str, Any]:
     """The evaluation of the small run in one process."""
-    return evaluated(small_run.save_dir, tmp_path_factory.mktemp("evaluation"), mc_eval_bigram=True)
+    return evaluated(small_run.save_dir, tmp_path_factory.mktemp("evaluation"))
 
 
 def recompute(argv: list[str], samples: int) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def recompute(argv: list[str], samples: int) -> dict[str, Any]:
     import torch
 
     from megacontext_megatron.arguments import add_evaluation_arguments
-    from megacontext_megatron.evaluate import FIXED_FLAGS, FROM_CHECKPOINT, held_out
+    from megacontext_megatron.evaluate import DATA, FIXED_FLAGS, FROM_CHECKPOINT
     from megacontext_megatron.pretrain import prepare
     from megacontext_megatron.run import Run, parse
     from megacontext_megatron.spans.metadata import SpanMetadata
@@ -220,12 +220,13 @@ def recompute(argv: list[str], samples: int) -> dict[str, Any]:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.training import get_model, initialize_megatron
 
-    args, settings = parse(add_evaluation_arguments, FROM_CHECKPOINT)
+    args, settings = parse(add_evaluation_arguments, (FROM_CHECKPOINT, DATA))
     initialize_megatron()
-    model = get_model(Run(args, settings).model_provider, wrap_with_ddp=False)
+    run = Run(args, settings)
+    model = get_model(run.model_provider, wrap_with_ddp=False)
     load_checkpoint(model, None, None)
     model[0].eval()
-    context, raw = settings.context, held_out(args, settings)
+    context, raw = settings.context, run.datasets.held_out(samples)
     c, w, h = context.source_length, context.window, context.horizon
     alone = type(context)(window=w, source_length=c, block_size=8, recent_tokens=16, horizon=h, level2_prob=0.3)
     losses: dict[str, list[float]] = {"recency": [], "mixed": [], "full": []}
@@ -284,7 +285,7 @@ def test_evaluation_is_the_mean_over_samples_of_each_input(evaluation, recompute
     assert evaluation["mc/delta_sub/16"] == evaluation["substitution_delta"]
     shape = {"iteration": 4, "samples": SAMPLES, "source_length": 512, "window": 64, "horizon": 16}
     assert {name: evaluation[name] for name in shape} == shape
-    for name in ("recency", "mixed", "full", "bigram"):
+    for name in ("recency", "mixed", "full"):
         assert f"{evaluation[name]:.4f}" in evaluation["log"]
 
 
@@ -298,15 +299,21 @@ def test_evaluation_reads_held_out_text(recomputed, documents):
         assert {index for index, document in enumerate(documents) if piece in bytes(document[:-1])} == held_out
 
 
-def test_the_bigram_baseline_predicts_the_same_targets(evaluation, recomputed, documents):
+def test_the_bigram_baseline_predicts_the_same_targets(small_run, documents, corpus, tmp_path):
+    # data that are typed replace those of the checkpoint, and are here the same for training and validation
+    data = {"train_data_path": corpus, "valid_data_path": corpus, "mc_eval_samples": SAMPLES}
+    found = evaluated(small_run.save_dir, tmp_path, mc_eval_bigram=True, **data)
+    argv = words(cpu=True, load=small_run.save_dir, **data)
+    again = call(recompute, {"argv": argv, "samples": SAMPLES}, workdir=tmp_path / "again").check().values[0]
     counts = np.zeros((320, 320))
     tokens = [token for document in documents for token in document]
     np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
     nll = []
-    for text in recomputed["texts"]:
+    for text in again["texts"]:
         for before, after in zip(text[-17:-1], text[-16:], strict=True):
             nll.append(-np.log((counts[before, after] + 1) / (counts[before].sum() + 320)))
-    assert evaluation["bigram"] == pytest.approx(np.mean(nll), rel=1e-9)
+    assert found["bigram"] == pytest.approx(np.mean(nll), rel=1e-9)
+    assert found["recency"] == pytest.approx(np.mean(again["losses"]["recency"]), rel=TOLERANCE)
 
 
 @pytest.mark.full
@@ -330,7 +337,8 @@ def test_evaluation_refuses_what_it_cannot_evaluate(small_run, tmp_path):
         "--load is needed": words(cpu=True),
         "--mc-eval-samples 1 is less": words(cpu=True, load=small_run.save_dir, mc_eval_samples=1),
         "there is no held-out data": words(cpu=True, load=small_run.save_dir, split="100,0,0"),
-        "--mc-block-size: checkpoint 8": words(cpu=True, load=small_run.save_dir, mc_block_size=16),
+        "--mc-max-level: checkpoint 2": words(cpu=True, load=small_run.save_dir, mc_max_level=1, mc_source_length=256),
+        "--mc-eval-bigram needs --train-data-path": words(cpu=True, load=small_run.save_dir, mc_eval_bigram=True),
         f"{tmp_path / 'nothing'} holds no checkpoint": words(cpu=True, load=tmp_path / "nothing"),
     }
     for expected, argv in cases.items():
@@ -347,7 +355,7 @@ def test_the_report_writes_a_table_and_a_figure(small_run, evaluation, tmp_path,
         shutil.copy(small_run.save_dir / name, tmp_path)
     report.main([str(tmp_path)])
     without = capsys.readouterr().out
-    held_out = {key: value for key, value in evaluation.items() if key != "log"}
+    held_out = {**{key: value for key, value in evaluation.items() if key != "log"}, "bigram": 4.5678}
     (tmp_path / "evaluation.json").write_text(json.dumps(held_out))
     report.main([str(tmp_path)])
     shown = capsys.readouterr().out
@@ -359,8 +367,8 @@ def test_the_report_writes_a_table_and_a_figure(small_run, evaluation, tmp_path,
         assert f"{last['mc/pos/sigma_mean/2']:.2f} tokens" in text
         assert "8.0" in text
     for key in ("recency", "mixed", "full", "bigram", "advantage_delta", "substitution_delta"):
-        assert f"{evaluation[key]:.3f} nats" in shown
-        assert f"{evaluation[key]:.3f} nats" not in without
+        assert f"{held_out[key]:.3f} nats" in shown
+        assert f"{held_out[key]:.3f} nats" not in without
     figure = tmp_path / "training.png"
     assert f"figure: {figure}" in shown.replace("\n", "")
     from matplotlib import image
@@ -375,7 +383,7 @@ def test_the_report_names_the_file_it_misses(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         report.main([str(tmp_path)])
     assert stop.value.code == 2
-    assert f"{tmp_path / 'metrics.jsonl'} does not exist" in capsys.readouterr().err
+    assert f"{tmp_path / 'metrics.jsonl'} is missing" in capsys.readouterr().err
 
 
 @pytest.mark.full

@@ -63,6 +63,12 @@ def histograms(result: TrainResult) -> dict[str, list[Any]]:
     return {tag: [event.histogram_value for event in events.Histograms(tag)] for tag in events.Tags()["histograms"]}
 
 
+def scalars(line: dict[str, Any]) -> dict[str, float]:
+    """Return the scalar metrics of a line of the metrics file; histograms are lists there."""
+    counters = ("iteration", "consumed_samples")
+    return {name: value for name, value in line.items() if name not in counters and not isinstance(value, list)}
+
+
 def differ(value: float, expected: float) -> float:
     """Return how far two values are apart, relative where they exceed 1."""
     return abs(value - expected) / max(1.0, abs(expected))
@@ -83,6 +89,7 @@ def test_rows_by_level_are_those_of_the_plans(small_run):
             assert line[f"mc/frac_level/{level}"] == pytest.approx((mixed == level).mean())
         assert line["mc/span_width_mean"] == pytest.approx((8.0**mixed).mean())
         assert line["mc/compression"] == 512 / 64
+        assert line["mc/shortened_tokens_mean"] == 0
         seen |= set(mixed)
     assert seen == set(LEVELS)
 
@@ -111,7 +118,7 @@ def test_losses_by_level_add_up_to_megatrons_loss(small_run):
 
 
 def test_tensorboard_holds_what_the_metrics_file_holds(small_run):
-    names = {name for line in small_run.metrics for name in line} - {"iteration", "consumed_samples", "lm loss"}
+    names = {name for line in small_run.metrics for name in scalars(line)} - {"lm loss"}
     # what validation adds has a space in its name
     assert names == {tag for tag in small_run.tags("mc/") if " " not in tag}
     for name in names:
@@ -154,6 +161,7 @@ def test_sigma_scalars_and_histograms_are_those_of_the_parameters(small_run, tmp
         events = found[f"mc/pos/sigma_hist/{level}"]
         for step, (mean, event) in enumerate(zip(means, events, strict=True)):
             sigmas = [BASE_SIGMA[level] * scale[step] for scale in scales]
+            assert small_run.metrics[step][f"mc/pos/sigma_hist/{level}"] == pytest.approx(sigmas, rel=TOLERANCE)
             assert mean == pytest.approx(sum(sigmas) / 2, rel=TOLERANCE)
             assert event.num == 2
             assert event.min == pytest.approx(min(sigmas), rel=TOLERANCE)
@@ -193,6 +201,22 @@ def test_a_resumed_run_appends_and_the_last_line_of_an_iteration_holds(small_run
     assert read[-1]["lm loss"] == pytest.approx(resumed.losses[-1], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ([1, 2, 3], [0, 1, 2]),
+        ([1, 2, 3, 2, 3], [0, 3, 4]),
+        ([10, 20, 30, 20, 25, 30, 35], [0, 3, 4, 5, 6]),
+        ([1, 2, 3, 4, 1, 2], [4, 5]),
+    ],
+    ids=["one run", "resumed", "resumed with another interval", "started anew"],
+)
+def test_reading_metrics_leaves_out_what_a_later_run_replaced(tmp_path, written, kept):
+    lines = [{"iteration": iteration, "line": line} for line, iteration in enumerate(written)]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [entry["line"] for entry in read_metrics(tmp_path)] == kept
+
+
 def test_wandb_gets_every_metric_and_histogram(small_run, corpus, tmp_path):
     wandb = {"wandb_project": "contexts", "wandb_exp_name": "small", "wandb_save_dir": tmp_path / "wandb"}
     quick = {"train_iters": 2, "lr_decay_iters": STEPS, "save": None}
@@ -203,7 +227,7 @@ def test_wandb_gets_every_metric_and_histogram(small_run, corpus, tmp_path):
     assert sorted(steps) == [1, 2]
     for step, values in steps.items():
         line = small_run.metrics[step - 1]
-        for name in line.keys() - {"iteration", "consumed_samples"}:
+        for name in scalars(line):
             assert differ(values[name], line[name]) <= TENSORBOARD_TOLERANCE, name
         for level in (1, 2):
             assert values[f"mc/pos/sigma_hist/{level}/_type"] == "histogram"
@@ -314,8 +338,11 @@ def test_layouts_log_what_one_process_logs(one_process, corpus, tmp_path, name):
     assert len(result.metrics) == 2
     for line, right in zip(result.metrics, expected.metrics, strict=True):
         assert line.keys() == right.keys()
-        for key in line:
+        for key in scalars(line):
             assert differ(line[key], right[key]) <= TOLERANCE, key
+        for level in (1, 2):
+            sigmas, expected_sigmas = (each[f"mc/pos/sigma_hist/{level}"] for each in (line, right))
+            assert sigmas == pytest.approx(expected_sigmas, rel=TOLERANCE)
     assert result.tags("") == expected.tags("")
     for tag in (*result.tags("mc/"), "lm loss validation", "grad-norm"):
         for value, right in zip(result.scalars(tag), expected.scalars(tag), strict=True):
