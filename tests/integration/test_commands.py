@@ -210,7 +210,7 @@ def recompute(argv: list[str], samples: int) -> dict[str, Any]:
     import torch
 
     from megacontext_megatron.arguments import add_evaluation_arguments
-    from megacontext_megatron.evaluate import DATA, FIXED_FLAGS, FROM_CHECKPOINT
+    from megacontext_megatron.evaluate import DATA, FIXED_FLAGS, FROM_CHECKPOINT, SPLIT
     from megacontext_megatron.pretrain import prepare
     from megacontext_megatron.run import Run, parse
     from megacontext_megatron.spans.metadata import SpanMetadata
@@ -220,7 +220,7 @@ def recompute(argv: list[str], samples: int) -> dict[str, Any]:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.training import get_model, initialize_megatron
 
-    args, settings = parse(add_evaluation_arguments, (FROM_CHECKPOINT, DATA))
+    args, settings = parse(add_evaluation_arguments, (*FROM_CHECKPOINT, *DATA, *SPLIT))
     initialize_megatron()
     run = Run(args, settings)
     model = get_model(run.model_provider, wrap_with_ddp=False)
@@ -338,7 +338,6 @@ def test_evaluation_refuses_what_it_cannot_evaluate(small_run, tmp_path):
         "--mc-eval-samples 1 is less": words(cpu=True, load=small_run.save_dir, mc_eval_samples=1),
         "there is no held-out data": words(cpu=True, load=small_run.save_dir, split="100,0,0"),
         "--mc-max-level: checkpoint 2": words(cpu=True, load=small_run.save_dir, mc_max_level=1, mc_source_length=256),
-        "--mc-eval-bigram needs --train-data-path": words(cpu=True, load=small_run.save_dir, mc_eval_bigram=True),
         f"{tmp_path / 'nothing'} holds no checkpoint": words(cpu=True, load=tmp_path / "nothing"),
     }
     for expected, argv in cases.items():
