@@ -113,6 +113,12 @@ def contexts_to_evaluate(context: ContextConfig) -> dict[str, ContextConfig]:
     return {"recency": recency, "mixed": mixed, "full": full}
 
 
+def restored_arguments(words: Sequence[str]) -> tuple[str, ...]:
+    """Return the arguments to take from the checkpoint: those of its data too, unless the command line names data."""
+    names_data = any(value_of(words, f"--{name.replace('_', '-')}") is not None for name in DATA)
+    return FROM_CHECKPOINT if names_data else (*FROM_CHECKPOINT, *DATA, *SPLIT)
+
+
 def launch_alone() -> None:
     """Stand in for torchrun where the command was started without it."""
     for name, value in {
@@ -137,8 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megacontext_megatron.arguments import add_evaluation_arguments
         from megacontext_megatron.run import parse
 
-        names_data = any(value_of(words, f"--{name.replace('_', '-')}") is not None for name in DATA)
-        args, settings = parse(add_evaluation_arguments, FROM_CHECKPOINT + (() if names_data else (*DATA, *SPLIT)))
+        args, settings = parse(add_evaluation_arguments, restored_arguments(words))
         evaluation = evaluate(args, settings)
     except ConfigError as error:
         exit_with(error)

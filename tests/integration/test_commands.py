@@ -210,7 +210,7 @@ def recompute(argv: list[str], samples: int) -> dict[str, Any]:
     import torch
 
     from megacontext_megatron.arguments import add_evaluation_arguments
-    from megacontext_megatron.evaluate import DATA, FIXED_FLAGS, FROM_CHECKPOINT, SPLIT
+    from megacontext_megatron.evaluate import FIXED_FLAGS, restored_arguments
     from megacontext_megatron.pretrain import prepare
     from megacontext_megatron.run import Run, parse
     from megacontext_megatron.spans.metadata import SpanMetadata
@@ -220,7 +220,7 @@ def recompute(argv: list[str], samples: int) -> dict[str, Any]:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.training import get_model, initialize_megatron
 
-    args, settings = parse(add_evaluation_arguments, (*FROM_CHECKPOINT, *DATA, *SPLIT))
+    args, settings = parse(add_evaluation_arguments, restored_arguments(argv))
     initialize_megatron()
     run = Run(args, settings)
     model = get_model(run.model_provider, wrap_with_ddp=False)
