@@ -7,10 +7,12 @@ from enum import StrEnum
 
 
 class Support(StrEnum):
-    """Whether a feature works with an encoding."""
+    """Whether a feature works with an encoding: refused by name where it was asked for, or not there to ask for."""
 
     YES = "yes"
+    UNTESTED = "untested"
     REFUSED = "refused"
+    NO = "no"
 
 
 FEATURES = (
@@ -27,6 +29,7 @@ FEATURES = (
 )
 
 _TRAINING = frozenset(FEATURES[:7])
+_REFUSABLE = frozenset({"spans", "packed sequences"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,12 +38,17 @@ class Encoding:
 
     name: str
     code: str
-    supported: frozenset[str]
+    supported: frozenset[str] = frozenset()
+    untested: frozenset[str] = frozenset()
     backends: tuple[str, ...]
 
     def support(self, feature: str) -> Support:
         """Return whether the encoding works with one of FEATURES."""
-        return Support.YES if feature in self.supported else Support.REFUSED
+        if feature in self.supported:
+            return Support.YES
+        if feature in self.untested:
+            return Support.UNTESTED
+        return Support.REFUSED if feature in _REFUSABLE else Support.NO
 
 
 REGISTRY = {
@@ -56,7 +64,7 @@ REGISTRY = {
             Encoding(
                 name=name,
                 code="Megatron",
-                supported=_TRAINING,
+                untested=_TRAINING,
                 backends=(
                     "local: dense",
                     "local with CP: dense, gathered keys",

@@ -299,14 +299,18 @@ def test_evaluation_reads_held_out_text(recomputed, documents):
         assert {index for index, document in enumerate(documents) if piece in bytes(document[:-1])} == held_out
 
 
-def test_the_bigram_baseline_predicts_the_same_targets(small_run, documents, corpus, tmp_path):
+@pytest.mark.parametrize("source", ["checkpoint", "typed"])
+def test_the_bigram_baseline_learns_from_training_text_and_predicts_the_same_targets(
+    small_run, documents, corpus, tmp_path, source
+):
     # data that are typed replace those of the checkpoint, and are here the same for training and validation
-    data = {"train_data_path": corpus, "valid_data_path": corpus, "mc_eval_samples": SAMPLES}
-    found = evaluated(small_run.save_dir, tmp_path, mc_eval_bigram=True, **data)
-    argv = words(cpu=True, load=small_run.save_dir, **data)
+    typed = {} if source == "checkpoint" else {"train_data_path": corpus, "valid_data_path": corpus}
+    found = evaluated(small_run.save_dir, tmp_path, mc_eval_bigram=True, **typed)
+    argv = words(cpu=True, load=small_run.save_dir, mc_eval_samples=SAMPLES, **typed)
     again = call(recompute, {"argv": argv, "samples": SAMPLES}, workdir=tmp_path / "again").check().values[0]
+    learned = documents[: len(documents) * 90 // 100] if source == "checkpoint" else documents
     counts = np.zeros((320, 320))
-    tokens = [token for document in documents for token in document]
+    tokens = [token for document in learned for token in document]
     np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
     nll = []
     for text in again["texts"]:
@@ -332,11 +336,14 @@ def test_evaluation_counts_the_samples_it_took(small_run, recomputed, tmp_path):
     assert found["recency"] == pytest.approx(sum(recomputed["losses"]["recency"][:6]) / 6, rel=TOLERANCE)
 
 
-def test_evaluation_refuses_what_it_cannot_evaluate(small_run, tmp_path):
+def test_evaluation_refuses_what_it_cannot_evaluate(small_run, corpus, tmp_path):
     cases = {
         "--load is needed": words(cpu=True),
         "--mc-eval-samples 1 is less": words(cpu=True, load=small_run.save_dir, mc_eval_samples=1),
         "there is no held-out data": words(cpu=True, load=small_run.save_dir, split="100,0,0"),
+        "--mc-eval-bigram needs training data": words(
+            cpu=True, load=small_run.save_dir, mc_eval_bigram=True, valid_data_path=corpus
+        ),
         "--mc-max-level: checkpoint 2": words(cpu=True, load=small_run.save_dir, mc_max_level=1, mc_source_length=256),
         f"{tmp_path / 'nothing'} holds no checkpoint": words(cpu=True, load=tmp_path / "nothing"),
     }
