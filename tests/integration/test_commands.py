@@ -1,5 +1,8 @@
 """The commands around training: doctor, evaluate, report, and what each says of itself."""
 
+# Faults are planted here by hand, and some libraries export less than they offer.
+# pyright: reportAttributeAccessIssue=false, reportOptionalSubscript=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,8 @@
 """What a run says of itself: metrics beside the checkpoints, TensorBoard and W&B, against what it really did."""
 
+# Faults are planted here by hand, and some libraries export less than they offer.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import json

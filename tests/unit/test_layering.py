@@ -50,7 +50,8 @@ def at_import_time(tree):
         def visit_FunctionDef(self, node):
             return ast.Pass()
 
-        visit_AsyncFunctionDef = visit_FunctionDef
+        def visit_AsyncFunctionDef(self, node):
+            return ast.Pass()
 
         def visit_If(self, node):
             return ast.Pass() if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
@@ -61,8 +62,8 @@ def at_import_time(tree):
 def own_parts(tree):
     """Return the first name below the package of everything imported from it, with its line."""
     for name, line in imports(tree):
-        if name.split(".")[0] == PACKAGE and name != PACKAGE:
-            yield name.split(".")[1], line
+        if str(name).split(".")[0] == PACKAGE and name != PACKAGE:
+            yield str(name).split(".")[1], line
 
 
 def violations(tree, stage):
@@ -109,7 +110,7 @@ def test_the_rule_sees_what_it_forbids(stage, source, expected):
 @pytest.mark.parametrize("name", LIGHT)
 def test_light_files_import_nothing_heavy(name):
     tree = at_import_time(parsed(ROOT / f"{name}.py"))
-    assert [found for found in imports(tree) if found[0].split(".")[0] in HEAVY] == []
+    assert [found for found in imports(tree) if str(found[0]).split(".")[0] in HEAVY] == []
 
 
 def test_only_what_runs_at_import_counts():
