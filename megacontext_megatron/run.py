@@ -66,6 +66,8 @@ def parse(
     refuse_unsupported(args)
     if args.seq_length is None:
         raise ConfigError("--seq-length is needed: the rows of a context.")
+    if args.eval_interval is None and not args.skip_train:
+        raise ConfigError("--eval-interval is needed, also with --eval-iters 0: Megatron counts evaluations by it.")
     check_divisions(args, context_config(args))
     if args.mc_encoding is not None:
         _seam_defaults(args)
@@ -170,8 +172,11 @@ def check_end_of_document(args: Namespace) -> None:
 
 def _announce_padding(args: Namespace) -> None:
     """Say where another tensor-parallel size would pad the vocabulary differently, which no checkpoint survives."""
-    alone = -(-args.vocab_size // args.make_vocab_size_divisible_by) * args.make_vocab_size_divisible_by
-    if args.rank == 0 and args.vocab_size and args.padded_vocab_size != alone:
+    from megatron.training import get_tokenizer
+
+    multiple = args.make_vocab_size_divisible_by
+    alone = -(-get_tokenizer().vocab_size // multiple) * multiple
+    if args.rank == 0 and args.padded_vocab_size != alone:
         print(
             f"> the vocabulary is padded to {args.padded_vocab_size} under --tensor-model-parallel-size "
             f"{args.tensor_model_parallel_size} and would be to {alone} without: checkpoints of this run cannot change "

@@ -1,8 +1,11 @@
 """Command lines become settings, or are refused by name, through Megatron's own parser and validation."""
 
 import dataclasses
+import json
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from megacontext_megatron.arguments import ContextFlags, PositionFlags
 from megacontext_megatron.config import ContextConfig, GaussianRopeConfig, RotaryConfig, Settings
@@ -249,3 +252,25 @@ def test_fused_rope_which_rotates_by_slot_is_off(outcomes):
     (outcome,) = outcomes({})
     (line,) = (line for line in outcome["out"].splitlines() if "apply_rope_fusion" in line)
     assert line.split()[-1] == "False"
+
+
+def test_a_tokenizer_file_needs_no_vocabulary_size(outcomes, tmp_path):
+    vocabulary = {chr(ord("a") + place): place for place in range(26)} | {"<eos>": 26, "<unk>": 27}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    model = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tmp_path}
+    data = {"data_path": None, "split": None, "mock_data": True}
+    found, typical = outcomes({**model, **data, "vocab_size": None, "null_tokenizer_eod_id": None}, {})
+    assert found["code"] == 0
+    assert found["settings"] == typical["settings"]
+
+
+def test_padding_that_depends_on_the_layout_is_announced(corpus, tmp_path):
+    layout = {"tensor_model_parallel_size": 2}
+    lines = [small_flags(corpus, **layout), small_flags(corpus, **layout, make_vocab_size_divisible_by=64)]
+    same, more = parse_only(lines, tmp_path, world_size=2)
+    assert "the vocabulary is padded" not in same["out"]
+    said = "the vocabulary is padded to 384 under --tensor-model-parallel-size 2 and would be to 320 without"
+    assert said in more["out"]
