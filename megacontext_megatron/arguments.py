@@ -284,17 +284,22 @@ def check_divisions(args: Namespace, context: ContextConfig) -> None:
                 f"--{flag.replace('_', '-')} {size} must be a multiple of --mc-variants {context.variants}: a "
                 "micro-batch holds all variants of its raw samples."
             )
-    cp = args.context_parallel_size
-    tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    chunks = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
-    if args.seq_length % chunks:
-        raise ConfigError(
-            f"--seq-length {args.seq_length} must be a multiple of {chunks}, which --context-parallel-size {cp} and "
-            f"--sequence-parallel over --tensor-model-parallel-size {tp} need."
-        )
+    check_rows_divide(args, "--seq-length", args.seq_length)
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     if args.mc_encoding is not None and groups is not None and groups % args.tensor_model_parallel_size:
         raise ConfigError(
             f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size "
             f"{args.tensor_model_parallel_size}."
+        )
+
+
+def check_rows_divide(args: Namespace, flag: str, rows: int) -> None:
+    """Refuse a number of rows that context parallel or sequence parallel ranks cannot share out evenly."""
+    cp = args.context_parallel_size
+    tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    chunks = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
+    if rows % chunks:
+        raise ConfigError(
+            f"{flag} {rows} must be a multiple of {chunks}, which --context-parallel-size {cp} and "
+            f"--sequence-parallel over --tensor-model-parallel-size {tp} need."
         )

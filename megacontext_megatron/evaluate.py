@@ -140,10 +140,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value_of(words, "--load") is None and "--help" not in words and "-h" not in words:
             raise ConfigError("--load is needed: the folder of the checkpoint to evaluate.")
         prepare([*words, *FIXED_FLAGS])
-        from megacontext_megatron.arguments import add_evaluation_arguments
+        from megacontext_megatron.arguments import add_evaluation_arguments, check_rows_divide
         from megacontext_megatron.run import parse
 
         args, settings = parse(add_evaluation_arguments, restored_arguments(words))
+        check_rows_divide(args, "--mc-source-length", settings.context.source_length)
         evaluation = evaluate(args, settings)
     except ConfigError as error:
         exit_with(error)

@@ -174,8 +174,9 @@ def _announce_padding(args: Namespace) -> None:
     """Say where another tensor-parallel size would pad the vocabulary differently, which no checkpoint survives."""
     from megatron.training import get_tokenizer
 
+    tokenizer: Any = get_tokenizer()
     multiple = args.make_vocab_size_divisible_by
-    alone = -(-get_tokenizer().vocab_size // multiple) * multiple
+    alone = -(-tokenizer.vocab_size // multiple) * multiple
     if args.rank == 0 and args.padded_vocab_size != alone:
         print(
             f"> the vocabulary is padded to {args.padded_vocab_size} under --tensor-model-parallel-size "

@@ -235,7 +235,7 @@ def test_checkpoint_arguments_restore_what_was_not_typed(corpus, saved, tmp_path
         "--null-tokenizer-eod-id",
         "256",
     ]
-    few += ["--data-path", str(corpus), "--split", "90,5,5"]
+    few += ["--data-path", str(corpus), "--split", "90,5,5", "--eval-interval", "2", "--eval-iters", "1"]
     lines = [few, [*few, "--gaussian-rope-sides", "k"], [*few, "--mc-variants", "1"], [*few, "--mc-horizon", "8"]]
     lines += [[*few, "--position-embedding-type", "rope"], small_flags(corpus)]
     restored, sides, variants, horizon, stock, typed = parse_only(lines, tmp_path)
