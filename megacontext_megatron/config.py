@@ -18,9 +18,7 @@ Plan = Literal["recency", "random", "heuristic", "mix"]
 EodPolicy = Literal["ignore", "no-cross"]
 
 SIGMA_RULES: tuple[SigmaRule, ...] = ("uniform", "width", "half-width", "none")
-LEARNABLE_SIGMA: tuple[LearnableSigma, ...] = ("none", "level", "layer", "head")
 PLANS: tuple[Plan, ...] = ("recency", "random", "heuristic", "mix")
-EOD_POLICIES: tuple[EodPolicy, ...] = ("ignore", "no-cross")
 
 
 class ConfigError(ValueError):
