@@ -17,6 +17,7 @@ from megacontext_megatron.config import (
     GaussianRopeConfig,
     LearnableSigma,
     Plan,
+    RotaryBackend,
     RotaryConfig,
     Settings,
     SigmaRule,
@@ -100,6 +101,10 @@ class RunningFlags:
     cpu: bool = False
     """Run without a GPU: gloo, Megatron's local layers, and the flags both need."""
 
+    mc_backend: Literal["auto", "triton", "torch"] = "auto"
+    """What rotates queries and keys by their spans: the fused kernel (triton), plain PyTorch (torch), or the kernel
+    on a GPU where it covers the options (auto)."""
+
 
 RUN_FLAGS = {PositionFlags: "gaussian rope", ContextFlags: "megacontext", RunningFlags: "running"}
 """The groups every command knows, and their titles in --help."""
@@ -178,6 +183,10 @@ def refuse_unsupported(args: Namespace) -> None:
     _refuse_without_effect(args, ContextFlags, "--megacontext", on=args.megacontext)
     _refuse_without_effect(args, PositionFlags, "--position-embedding-type gaussian_rope", on=spans)
     _refuse_idle_settings(args)
+    if args.mc_backend != "auto" and not spans:
+        raise ConfigError(
+            f"--mc-backend {args.mc_backend} has no effect without --position-embedding-type gaussian_rope."
+        )
 
 
 def _refuse_idle_settings(args: Namespace) -> None:
@@ -241,6 +250,13 @@ def gaussian_config(args: Namespace, context: ContextConfig) -> GaussianRopeConf
     return config
 
 
+def rotary_backend(args: Namespace, gaussian: GaussianRopeConfig | None) -> RotaryBackend:
+    """Return what rotates queries and keys: what was asked for, else the kernel where it runs and covers the flags."""
+    if args.mc_backend != "auto":
+        return args.mc_backend
+    return "triton" if gaussian is not None and gaussian.fusable and not args.cpu else "torch"
+
+
 def layers_without_rope(no_rope_freq: int | list[int] | None, num_layers: int) -> tuple[int, ...]:
     """Return the layers, counted from 1, that Megatron's `--no-rope-freq` leaves without rotary."""
     if no_rope_freq is None:
@@ -268,6 +284,7 @@ def settings_from(args: Namespace) -> Settings:
         gaussian=gaussian,
         megacontext=args.megacontext,
         seed=args.seed,
+        backend=rotary_backend(args, gaussian),
         no_rope_layers=layers_without_rope(args.no_rope_freq, args.num_layers),
     )
 

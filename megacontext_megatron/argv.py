@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from megacontext_megatron.config import ENCODINGS, ConfigError
 
@@ -26,6 +27,10 @@ LOCAL_FLAGS = (
     "--no-rope-fusion",
 )
 """What `--transformer-impl local` needs where neither Transformer Engine nor Apex is installed."""
+
+APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
+APEX_FLAGS = ("--no-gradient-accumulation-fusion",)
+"""What Megatron's output layer needs where that extension of NVIDIA Apex is not installed."""
 
 CPU_FLAGS = (
     *("--distributed-backend", "gloo"),
@@ -72,8 +77,8 @@ def wants_plugin(argv: Sequence[str]) -> bool:
 def normalised(argv: Sequence[str]) -> list[str]:
     """Return a command line that every one of Megatron's parsers accepts; the same for a line already normalised.
 
-    Our encodings become `rope` with the real name kept in `--mc-encoding`, and `--cpu` and `--transformer-impl
-    local` bring the flags they need.  Raises ConfigError for an unknown encoding, and for `--yaml-cfg`, which Megatron
+    Our encodings become `rope` with the real name kept in `--mc-encoding`; `--cpu`, `--transformer-impl local` and the
+    absence of NVIDIA Apex bring the flags they need.  Raises ConfigError for an unknown encoding, and for `--yaml-cfg`, which Megatron
     reads while it parses.
     """
     words = list(argv)
@@ -85,11 +90,19 @@ def normalised(argv: Sequence[str]) -> list[str]:
     words = [_renamed(word, words[place - 1] if place else "") for place, word in enumerate(words)]
     if encoding in ENCODINGS:
         words += [REAL_ENCODING_FLAG, encoding]
+    return words + _needed(words)
+
+
+def _needed(words: Sequence[str]) -> list[str]:
+    """Return the flags that a command line's machine and layers need and that it does not hold."""
+    added: list[str] = []
     if CPU_FLAG in words:
-        words += _missing(words, CPU_FLAGS)
-    if value_of(words, "--transformer-impl") == "local":
-        words += _missing(words, LOCAL_FLAGS)
-    return words
+        added += _missing(words, CPU_FLAGS)
+    if value_of([*words, *added], "--transformer-impl") == "local":
+        added += _missing([*words, *added], LOCAL_FLAGS)
+    elif find_spec(APEX_EXTENSION) is None:
+        added += _missing(words, APEX_FLAGS)
+    return added
 
 
 def prepare_environment(argv: Sequence[str]) -> None:

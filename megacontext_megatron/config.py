@@ -16,6 +16,7 @@ SigmaRule = Literal["uniform", "width", "half-width", "none"]
 LearnableSigma = Literal["none", "level", "layer", "head"]
 Plan = Literal["recency", "random", "heuristic", "mix"]
 EodPolicy = Literal["ignore", "no-cross"]
+RotaryBackend = Literal["triton", "torch"]
 
 SIGMA_RULES: tuple[SigmaRule, ...] = ("uniform", "width", "half-width", "none")
 PLANS: tuple[Plan, ...] = ("recency", "random", "heuristic", "mix")
@@ -52,6 +53,11 @@ class GaussianRopeConfig:
     renorm: Literal["none", "rms"] = "none"
     phase: Literal["exact", "megatron"] = "exact"
     log_width_bias: bool = False
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the fused kernel computes it."""
+        return self.phase == "exact" and self.renorm == "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,5 +219,8 @@ class Settings:
     gaussian: GaussianRopeConfig | None = None
     megacontext: bool = False
     seed: int = 1234
+    backend: RotaryBackend = "torch"
+    """What rotates queries and keys by their spans: the fused kernel or plain PyTorch."""
+
     no_rope_layers: tuple[int, ...] = field(default=())
     """Layer numbers, counted from 1, on which rotary is off."""

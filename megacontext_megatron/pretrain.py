@@ -11,6 +11,8 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from megacontext_megatron.argv import CPU_FLAG, normalised, prepare_environment, wants_plugin
@@ -27,6 +29,7 @@ def prepare(argv: Sequence[str]) -> None:
     words = normalised(argv)
     sys.argv = [sys.argv[0], *words]
     prepare_environment(words)
+    _load_transformer_engine(on_cpu=CPU_FLAG in words)
     if CPU_FLAG in words:
         from megacontext_megatron import cpu
 
@@ -34,6 +37,23 @@ def prepare(argv: Sequence[str]) -> None:
     from megacontext_megatron import startup
 
     startup.install()
+
+
+def _load_transformer_engine(*, on_cpu: bool) -> None:
+    """Import the package that Megatron imports in every run, if it is there; raises ConfigError if it is broken."""
+    if on_cpu:
+        # Its kernels, which Megatron's optimizers would pick up, need a GPU.
+        sys.modules.setdefault("transformer_engine", None)  # pyright: ignore[reportArgumentType]
+        return
+    if find_spec("transformer_engine") is None:
+        return
+    try:
+        import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"Transformer Engine is installed and cannot be loaded ({error}): repair or uninstall it; Megatron imports "
+            "it in every run."
+        ) from error
 
 
 def exit_with(error: ConfigError) -> None:
@@ -72,13 +92,16 @@ def _train(args: Any, settings: Settings, started: float) -> None:
         # Megatron recommends its own model configs, which cannot build another model class.
         warnings.simplefilter("ignore")
         container = pretrain_cfg_container_from_args(args, None)
-    pretrain(
-        cfg_container=container,
-        train_valid_test_dataset_provider=run.datasets,
-        model_type=ModelType.encoder_or_decoder,
-        forward_step_func=run.forward_step,
-        model_provider=run.model_provider,
-    )
+    try:
+        pretrain(
+            cfg_container=container,
+            train_valid_test_dataset_provider=run.datasets,
+            model_type=ModelType.encoder_or_decoder,
+            forward_step_func=run.forward_step,
+            model_provider=run.model_provider,
+        )
+    finally:
+        run.finish()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

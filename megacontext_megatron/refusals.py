@@ -6,12 +6,17 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron.core.transformer.utils import is_layer_window_attention
+
 Namespace = argparse.Namespace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
-    """A request of Megatron's that working contexts do not support; `asked` reads parsed arguments."""
+    """A request of Megatron's that working contexts do not support; `asked` reads parsed arguments.
+
+    `flag` starts with the flag that is to blame; the value or the company that makes it so may follow.
+    """
 
     flag: str
     asked: Callable[[Namespace], bool]
@@ -22,11 +27,87 @@ def _given(dest: str) -> Callable[[Namespace], bool]:
     return lambda args: bool(getattr(args, dest, None))
 
 
+def _on_te(args: Namespace) -> bool:
+    return args.transformer_impl == "transformer_engine"
+
+
+def _package_missing() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return not HAVE_TE
+
+
+def _without_package(also: Callable[[Namespace], bool]) -> Refusal:
+    return Refusal(
+        flag="--transformer-impl transformer_engine, the default, without Transformer Engine",
+        asked=lambda a: _on_te(a) and also(a) and _package_missing(),
+        why="the package transformer_engine cannot be imported here; install it with "
+        "`bash scripts/environment.sh te`, or add --transformer-impl local",
+    )
+
+
 _WHOLE_ROWS = "a sample here is one working context, whose rows have no document boundaries to restart at"
 _ITEM_ORDER = "the variants of a raw sample must arrive together and in order"
 _ONE_MODEL = "only Megatron's GPTModel of standard attention layers carries span metadata"
-_LOCAL = "only Transformer Engine layers compute in it, and span metadata runs on local layers so far"
+_SPEC = "the plugin builds the layer spec itself"
+_LEFT_OUT = "the plugin's layer spec has no such MLP, so that it would be left out silently"
 _GRAPHS = "captured graphs have not been shown to update span metadata"
+
+CP_COMM_TYPES = ("p2p", "a2a", "all_gather", "a2a+p2p")
+"""How Transformer Engine's attention exchanges rows over context-parallel ranks."""
+
+
+def _cp_types(args: Namespace) -> list[str]:
+    """Return the exchange of every layer; one for all where the number of layers is not known yet."""
+    types = list(args.cp_comm_type or ["p2p"])
+    return types * (args.num_layers or 1) if len(types) == 1 else types
+
+
+def _splits_rows(args: Namespace) -> bool:
+    return _on_te(args) and args.context_parallel_size > 1
+
+
+def _windows_over_p2p(args: Namespace) -> bool:
+    if not _splits_rows(args) or args.window_size is None:
+        return False
+    return any(
+        "p2p" in kind and is_layer_window_attention(args.window_size, args.window_attn_skip_freq, layer)
+        for layer, kind in enumerate(_cp_types(args), start=1)
+    )
+
+
+def _heads_not_shared_out(args: Namespace) -> bool:
+    if not _splits_rows(args) or "a2a" not in _cp_types(args):
+        return False
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    return groups is not None and groups % (args.tensor_model_parallel_size * args.context_parallel_size) != 0
+
+
+CONTEXT_PARALLEL_REFUSALS = (
+    Refusal(
+        flag="--cp-comm-type",
+        asked=lambda a: _splits_rows(a) and not set(_cp_types(a)) <= set(CP_COMM_TYPES),
+        why=f"it takes {', '.join(CP_COMM_TYPES)}",
+    ),
+    Refusal(
+        flag="--cp-comm-type for some layers",
+        asked=lambda a: _splits_rows(a) and bool(a.num_layers) and len(_cp_types(a)) != a.num_layers,
+        why="it names one exchange for all layers, or one for each of --num-layers",
+    ),
+    Refusal(
+        flag="--cp-comm-type p2p with --window-size",
+        asked=_windows_over_p2p,
+        why="Transformer Engine's ring has no sliding windows; give a2a or all_gather, to all layers or to those with "
+        "a window",
+    ),
+    Refusal(
+        flag="--cp-comm-type a2a",
+        asked=_heads_not_shared_out,
+        why="each rank gets whole query groups, so their number must be a multiple of --tensor-model-parallel-size "
+        "times --context-parallel-size",
+    ),
+)
+"""Refusals of ways to exchange rows that Transformer Engine would reject in the first step."""
 
 REFUSALS = (
     Refusal(
@@ -71,11 +152,18 @@ REFUSALS = (
         why=_ONE_MODEL,
     ),
     Refusal(flag="--experimental-attention-variant", asked=_given("experimental_attention_variant"), why=_ONE_MODEL),
-    Refusal(flag="--spec", asked=_given("spec"), why="the plugin builds the layer spec itself"),
-    Refusal(flag="--qk-l2-norm", asked=_given("qk_l2_norm"), why="the plugin builds the layer spec itself"),
     *(
-        Refusal(flag=f"--{name.replace('_', '-')}", asked=_given(name), why="the plugin builds the layer spec itself")
-        for name in ("kitchen_config_file", "kitchen_recipe_number", "use_kitchen_attention")
+        Refusal(flag=f"--{name.replace('_', '-')}", asked=_given(name), why=_SPEC)
+        for name in ("spec", "qk_l2_norm", "kitchen_config_file", "kitchen_recipe_number", "use_kitchen_attention")
+    ),
+    *(
+        Refusal(flag=f"--{name.replace('_', '-')}", asked=_given(name), why=_LEFT_OUT)
+        for name in ("use_transformer_engine_op_fuser", "use_grouped_gemm_for_dense_mlp")
+    ),
+    Refusal(
+        flag="--attention-backend local",
+        asked=lambda a: a.attention_backend.name == "local",
+        why="Megatron has it for --spec local alone; --transformer-impl local has the dense attention it means",
     ),
     Refusal(flag="--flash-decode", asked=_given("flash_decode"), why="its kernel rotates keys by their slot"),
     Refusal(
@@ -102,6 +190,11 @@ REFUSALS = (
         asked=lambda a: a.transformer_impl not in ("local", "transformer_engine"),
         why="training runs on local or transformer_engine layers",
     ),
+    Refusal(
+        flag="--transformer-impl transformer_engine with --cpu",
+        asked=lambda a: a.cpu and _on_te(a),
+        why="Transformer Engine has no kernels for the CPU; leave the flag out",
+    ),
     Refusal(flag="--seed", asked=lambda a: a.seed < 0, why="plans are drawn from the seed, which must not be negative"),
     Refusal(
         flag="--dist-ckpt-strictness",
@@ -118,35 +211,93 @@ REFUSALS = (
         asked=lambda a: getattr(a, "ckpt_format", "torch_dist") != "torch_dist",
         why="only torch_dist checkpoints hold what a resumed run is checked against",
     ),
+    _without_package(lambda a: a.mc_encoding is None),
 )
 
 SPAN_REFUSALS = (
     Refusal(
-        flag="--transformer-impl",
-        asked=lambda a: a.transformer_impl != "local",
-        why="span metadata runs on Megatron's local layers so far; add --transformer-impl local",
+        flag="--mc-backend triton with --cpu",
+        asked=lambda a: a.mc_backend == "triton" and a.cpu,
+        why="the kernel runs on a GPU; leave the flag out",
     ),
-    Refusal(flag="--fp8-format", asked=_given("fp8"), why=_LOCAL),
-    Refusal(flag="--fp4-format", asked=_given("fp4"), why=_LOCAL),
+    *(
+        Refusal(
+            flag=f"--mc-backend triton with --gaussian-rope-{name} {value}",
+            asked=lambda a, name=name, value=value: (
+                a.mc_backend == "triton" and getattr(a, f"gaussian_rope_{name}") == value
+            ),
+            why="the kernel does not compute it; use --mc-backend torch or auto",
+        )
+        for name, value in (("phase", "megatron"), ("renorm", "rms"))
+    ),
     Refusal(
-        flag="--attention-backend",
-        asked=lambda a: a.attention_backend.name in ("flash", "fused"),
+        flag="--gaussian-rope-log-width-bias with --transformer-impl transformer_engine",
+        asked=lambda a: a.gaussian_rope_log_width_bias and _on_te(a),
+        why="the dense attention of --transformer-impl local alone takes keys that are wider than values",
+    ),
+    Refusal(
+        flag="--transformer-impl transformer_engine without --bf16 or --fp16",
+        asked=lambda a: _on_te(a) and not (a.bf16 or a.fp16),
+        why="Transformer Engine multiplies fp32 matrices in TF32 and has neither flash nor fused attention for them; "
+        "add --bf16, or --transformer-impl local to train in fp32",
+    ),
+    Refusal(
+        flag="--fp8-format with --transformer-impl local",
+        asked=lambda a: bool(a.fp8) and not _on_te(a),
+        why="only Transformer Engine layers compute in it",
+    ),
+    Refusal(flag="--fp4-format", asked=_given("fp4"), why="span metadata has not been shown to train with it"),
+    *(
+        Refusal(
+            flag=f"--{name.replace('_', '-')}",
+            asked=_given(name),
+            why="attention in 8 bits has not been shown to keep what positions do to queries and keys",
+        )
+        for name in ("fp8_dot_product_attention", "fp8_multi_head_attention")
+    ),
+    Refusal(
+        flag="--tp-comm-overlap",
+        asked=_given("tp_comm_overlap"),
+        why="its communication buffers have not been shown to work with span metadata",
+    ),
+    Refusal(
+        flag="--fine-grained-activation-offloading",
+        asked=_given("fine_grained_activation_offloading"),
+        why="it releases queries and keys that the gradients of positions still read",
+    ),
+    Refusal(
+        flag="--attention-backend with --transformer-impl local",
+        asked=lambda a: a.attention_backend.name in ("flash", "fused") and not _on_te(a),
         why="core attention of the local layers is dense and unfused",
     ),
     Refusal(
-        flag="--cp-comm-type",
-        asked=lambda a: a.cp_comm_type not in (None, ["p2p"]),
+        flag="--attention-backend unfused with --context-parallel-size",
+        asked=lambda a: a.attention_backend.name == "unfused" and _on_te(a) and a.context_parallel_size > 1,
+        why="Transformer Engine's unfused attention sees one rank's rows alone; leave the flag out",
+    ),
+    Refusal(
+        flag="--cp-comm-type with --transformer-impl local",
+        asked=lambda a: a.cp_comm_type not in (None, ["p2p"]) and not _on_te(a),
         why="the local layers gather keys over the context-parallel group",
     ),
+    *CONTEXT_PARALLEL_REFUSALS,
     Refusal(
         flag="--fp32-residual-connection",
         asked=lambda a: a.fp32_residual_connection and (a.bf16 or a.fp16),
-        why="the norms of the local layers run in the parameters' type",
+        why="the norms of the layers run in the parameters' type",
     ),
-    Refusal(
-        flag="--apply-layernorm-1p",
-        asked=_given("layernorm_zero_centered_gamma"),
-        why="the norms of --transformer-impl local have no zero-centred weights",
+    *(
+        Refusal(
+            flag=f"--{flag} with --transformer-impl local",
+            asked=lambda a, name=name: not _on_te(a) and bool(getattr(a, name)),
+            why=f"the norms of the local layers {lack}",
+        )
+        for flag, name, lack in (
+            ("apply-layernorm-1p", "layernorm_zero_centered_gamma", "have no zero-centred weights"),
+            ("fused-residual-rmsnorm", "fused_residual_rmsnorm", "leave the residual alone"),
+        )
     ),
+    _without_package(lambda a: True),
 )
-"""Refusals of runs in which the plugin's encoding is active."""
+"""Refusals of runs in which the plugin's encoding is active.  What is asked for of Transformer Engine is judged before
+whether the package is there."""

@@ -227,6 +227,10 @@ class Run:
         )
         self.forward_step = self._step.__call__
 
+    def finish(self) -> None:
+        """Write the last report, which an early exit (a signal, `--exit-duration-in-mins`) has left on its way."""
+        self._observer.finish()
+
     def model_provider(
         self,
         pre_process: bool = True,
@@ -267,6 +271,6 @@ class Run:
         if self._args.rank != 0 or self._printed:
             return
         self._printed = True
-        print("> layer | encoding | window | bias | core attention", flush=True)
+        print("> layer | encoding | rotary | window | bias | core attention", flush=True)
         for row in self._args.mc_layers:
             print("> " + " | ".join(row), flush=True)

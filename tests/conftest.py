@@ -33,7 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers."""
+    """Register the markers; without a GPU, let Triton interpret its kernels, in the ranks too."""
+    import torch
+
+    if not torch.cuda.is_available():
+        # Read when a kernel is defined, so before the package is imported.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
 

@@ -1,12 +1,14 @@
 """Run functions and whole trainings in real ranks, forked from one process.
 
-``call`` runs any function, ``train`` runs the training command, on CPU with gloo over loopback.
-The server that forks the ranks is started at first use (``tests.zygote_client``).
+``call`` runs any function, ``train`` runs the training command: with gloo over loopback, or each rank on the GPU of its
+number.  The server that forks the ranks is started at first use (``tests.zygote_client``).
 """
 
+import atexit
 import dataclasses
 import functools
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,7 +19,7 @@ from typing import Any, Self
 
 from tests.tiny import tiny_flags
 from tests.zygote import resolve
-from tests.zygote_client import zygote
+from tests.zygote_client import Zygote, zygote
 
 __all__ = ["CallResult", "TrainResult", "call", "tiny_flags", "train"]
 
@@ -93,8 +95,12 @@ def call(
     *,
     workdir: Path,
     timeout: float = 180,
+    bare: bool = False,
 ) -> CallResult:
     """Run an importable function in forked ranks; its arguments and values travel as JSON.
+
+    ``bare`` ranks have imported nothing yet, which takes them seconds; MC_BARE_RANKS=1 makes all of them so, where a
+    package touches the GPU when it is imported, which no process that forks may do.
 
     torch.distributed is not initialised, but RANK, WORLD_SIZE, MASTER_ADDR and the like are set.
     The ranks run in ``workdir`` and write rankN.log and rankN.json there. When one fails the
@@ -105,7 +111,8 @@ def call(
     workdir.mkdir(parents=True, exist_ok=True)
     for stale in (*workdir.glob("rank*.log"), *workdir.glob("rank*.json")):
         stale.unlink()
-    reply = zygote().request(
+    server = bare_zygote() if bare or os.environ.get("MC_BARE_RANKS") == "1" else zygote()
+    reply = server.request(
         function=function,
         kwargs=dict(kwargs or {}),
         ranks=ranks,
@@ -133,9 +140,9 @@ def train(
     before: str | Callable[..., Any] | None = None,
     before_kwargs: Mapping[str, Any] | None = None,
     main: str = MAIN,
-    timeout: float = 180,
+    **options: Any,
 ) -> TrainResult:
-    """Run the training command in forked ranks, writing every step's scalars.
+    """Run the training command in forked ranks, writing every step's scalars; ``options`` are those of ``call``.
 
     ``before`` is called in every rank before the command, with ``before_kwargs``. If it returns a
     function, that is called after the command and its value is the rank's in ``values``.
@@ -151,7 +158,7 @@ def train(
     if before is not None and not isinstance(before, str):
         before = f"{before.__module__}:{before.__qualname__}"
     kwargs = {"main": main, "argv": argv, "before": before, "kwargs": dict(before_kwargs or {})}
-    result = call(run_main, kwargs, ranks, workdir=workdir, timeout=timeout)
+    result = call(run_main, kwargs, ranks, workdir=workdir, **options)
     save = _value(argv, "--save")
     return TrainResult(
         **vars(result),
@@ -170,6 +177,20 @@ def run_main(main: str, argv: list[str], before: str | None, kwargs: dict[str, A
         if stop.code:
             raise
     return finish() if callable(finish) else None
+
+
+@functools.cache
+def _bare_zygote() -> Zygote:
+    server = Zygote(preload=())
+    atexit.register(server.close)
+    return server
+
+
+def bare_zygote() -> Zygote:
+    """Return the running server that has imported nothing; start it at first use and after it died."""
+    if not _bare_zygote().alive:
+        _bare_zygote.cache_clear()
+    return _bare_zygote()
 
 
 def _read(path: Path) -> str:

@@ -161,8 +161,15 @@ def _metric_difference(result: TrainResult, reference: TrainResult) -> tuple[flo
 class References:
     """The checkpoints and one-process runs of a session, each made when it is first needed."""
 
-    def __init__(self, corpus: Path, folder: Path) -> None:
-        self._corpus, self._folder = corpus, folder
+    def __init__(
+        self,
+        corpus: Path,
+        folder: Path,
+        families: Mapping[str, Flags] = FAMILIES,
+        record: Callable[[], Any] = recording.plans,
+    ) -> None:
+        """Take the data's path prefix, a folder for the runs, and what to record in the one-process runs."""
+        self._corpus, self._folder, self._families, self._record = corpus, folder, families, record
         self._checkpoints: dict[str, Path] = {}
         self._runs: dict[str, TrainResult] = {}
 
@@ -179,7 +186,7 @@ class References:
     def _save(self, family: str) -> Path:
         folder = self._folder / family / "checkpoint"
         once = {"train_iters": 1, "lr": 1e-6, "min_lr": 1e-6, "save": folder, "save_interval": 1, "no_save_optim": True}
-        flags = tiny_flags(strong=True, **FAMILIES[family], **self.data(), **once)
+        flags = tiny_flags(strong=True, **{**self._families[family], **self.data(), **once})
         train(flags, workdir=self._folder / family / "init", before=mutations.spread_parameters).check()
         return folder
 
@@ -193,7 +200,7 @@ class References:
         return self._runs[family]
 
     def _run_alone(self, family: str) -> TrainResult:
-        steps, recorder = (MOE_STEPS, recording.routing) if family == "moe" else (STEPS, recording.plans)
+        steps, recorder = (MOE_STEPS, recording.routing) if family == "moe" else (STEPS, self._record)
         layout = dataclasses.replace(ONE, family=family)
         result = self.train(layout, self._folder / family / "one", steps=steps, before=recorder).check()
         for level in range(3):
@@ -211,7 +218,7 @@ class References:
     ) -> TrainResult:
         """Train a layout from its family's checkpoint, with `before(**kwargs)` called in every rank."""
         start = {"load": self.checkpoint(layout.family), "finetune": True, "exit_on_missing_checkpoint": True}
-        values = {**FAMILIES[layout.family], **self.data(), **start, "train_iters": steps, **layout.flags}
+        values = {**self._families[layout.family], **self.data(), **start, "train_iters": steps, **layout.flags}
         flags = tiny_flags(strong=True, **values)
         return train(flags, layout.ranks, workdir=workdir, before=before, before_kwargs=kwargs, timeout=TIMEOUT)
 

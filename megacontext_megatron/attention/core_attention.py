@@ -39,11 +39,11 @@ class GatheredKeyAttention(DotProductAttention):
         """Attend from local queries [s / cp, b, np, hn] to all keys and values [s / cp, b, ng, hn] of the group."""
         del attention_mask
         size, rank, window = self._group.size(), self._group.rank(), query.size(0) * self._group.size()
-        order = gathered_order(window, size).to(query.device)
+        order = gathered_order(window, size, query.device)
         key, value = (
             gather_from_sequence_parallel_region(t.contiguous(), group=self._group)[order] for t in (key, value)
         )
-        rows = zigzag_rows(window, size, rank).to(query.device).unsqueeze(1)
+        rows = zigzag_rows(window, size, rank, query.device).unsqueeze(1)
         columns = torch.arange(window, device=query.device)
         mask = columns > rows
         if self._look_back is not None and self._look_back >= 0:

@@ -1,10 +1,14 @@
-"""Layer specs: Megatron's own, with our attention and with what stacks without Transformer Engine lack."""
+"""Layer specs: Megatron's own, with our attention and with what stacks without Transformer Engine lack.
+
+Of a Transformer Engine layer only the attention module is exchanged: its fused linear layers, norms and core attention
+stay, and queries and keys reach the latter finished.
+"""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -14,38 +18,49 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megacontext_megatron.attention.core_attention import GatheredKeyAttention
-from megacontext_megatron.attention.norm import PortableNorm
+from megacontext_megatron.attention.norm import NormBuilder, PortableNorm, without_extra_state
 from megacontext_megatron.attention.self_attention import SpanSelfAttention
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 from megacontext_megatron.attention.windows import window_of
+from megacontext_megatron.config import ENCODINGS, Settings
 
 
 def decoder_block_spec(config: MegaContextTransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Return the spec of this stage's layers for the settings that `config` carries."""
-    use_te = config.transformer_impl == "transformer_engine"
     spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage
+        config, use_transformer_engine=_on_te(config), normalization=config.normalization, vp_stage=vp_stage
     )
     spec.layer_specs = [_adapted(layer, config) for layer in spec.layer_specs or ()]
-    if not use_te:
-        spec.layer_norm = PortableNorm
+    spec.layer_norm = _norm(spec.layer_norm, config)
     return spec
+
+
+def _on_te(config: MegaContextTransformerConfig) -> bool:
+    return config.transformer_impl == "transformer_engine"
 
 
 def _adapted(layer: ModuleSpec, config: MegaContextTransformerConfig) -> ModuleSpec:
     layer = copy.deepcopy(layer)
     parts = cast(TransformerLayerSubmodules, layer.submodules)
     attention = cast(ModuleSpec, parts.self_attention)
+    inner = cast(SelfAttentionSubmodules, attention.submodules)
     if config.settings.gaussian is not None:
         attention.module = SpanSelfAttention
-    if config.transformer_impl != "transformer_engine":
-        parts.input_layernorm = parts.pre_mlp_layernorm = PortableNorm
-        inner = cast(SelfAttentionSubmodules, attention.submodules)
-        if config.qk_layernorm and inner.q_layernorm is not IdentityOp:
-            inner.q_layernorm = inner.k_layernorm = PortableNorm
-        if config.context_parallel_size > 1:
-            inner.core_attention = GatheredKeyAttention
+    parts.input_layernorm = _norm(parts.input_layernorm, config)
+    parts.pre_mlp_layernorm = _norm(parts.pre_mlp_layernorm, config)
+    if config.qk_layernorm:
+        inner.q_layernorm = _norm(inner.q_layernorm, config)
+        inner.k_layernorm = _norm(inner.k_layernorm, config)
+    if not _on_te(config) and config.context_parallel_size > 1:
+        inner.core_attention = GatheredKeyAttention
     return layer
+
+
+def _norm(build: Any, config: MegaContextTransformerConfig) -> Any:
+    """Return what builds a norm in place of `build`, which is Megatron's choice; none stays none."""
+    if build is None or build is IdentityOp:
+        return build
+    return without_extra_state(cast(NormBuilder, build)) if _on_te(config) else PortableNorm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +69,7 @@ class ResolvedLayer:
 
     layer: int
     encoding: str
+    rotary: str
     window: tuple[int, int] | None
     bias: str
     backend: str
@@ -61,23 +77,42 @@ class ResolvedLayer:
     def as_row(self) -> tuple[str, ...]:
         """Return the printable cells."""
         window = "full" if self.window is None else f"{self.window[0]},{self.window[1]}"
-        return str(self.layer), self.encoding, window, self.bias, self.backend
+        return str(self.layer), self.encoding, self.rotary, window, self.bias, self.backend
 
 
 def resolved_layers(config: MegaContextTransformerConfig) -> list[ResolvedLayer]:
     """Return the resolved table of all layers (counted from 1) of a model."""
     settings = config.settings
     bias = "log-width" if settings.gaussian is not None and settings.gaussian.log_width_bias else "none"
-    backend = "transformer_engine"
-    if config.transformer_impl != "transformer_engine":
-        backend = "dense, gathered keys" if config.context_parallel_size > 1 else "dense"
     return [
         ResolvedLayer(
             layer=number,
             encoding="none" if number in settings.no_rope_layers else settings.encoding,
+            rotary=_rotary(settings, number),
             window=window_of(config, number),
             bias=bias,
-            backend=backend,
+            backend=_core_attention(config, number),
         )
         for number in range(1, config.num_layers + 1)
     ]
+
+
+def _rotary(settings: Settings, layer_number: int) -> str:
+    """Return whose code rotates queries and keys."""
+    if layer_number in settings.no_rope_layers or settings.encoding not in ("rope", *ENCODINGS):
+        return "none"
+    return "Megatron" if settings.gaussian is None else settings.backend
+
+
+def _core_attention(config: MegaContextTransformerConfig, layer_number: int) -> str:
+    """Return what computes attention: of Transformer Engine, which chooses a kernel itself, what it was asked for."""
+    split = config.context_parallel_size > 1
+    if not _on_te(config):
+        return "dense, gathered keys" if split else "dense"
+    asked = f"transformer_engine, {config.attention_backend.name}"
+    if not split:
+        return asked
+    exchange = config.cp_comm_type
+    if isinstance(exchange, list):
+        exchange = exchange[layer_number - 1]
+    return f"{asked}, {exchange or 'p2p'}"

@@ -2,36 +2,119 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from megacontext_megatron.config import ContextConfig
-from megacontext_megatron.context.gists import Gister, embedding_rms
+from megacontext_megatron.context.gists import Gister, embedding_rms, rms_slope, summing_dtype
 from megacontext_megatron.spans.levels import entry_index
 from megacontext_megatron.spans.metadata import SpanMetadata
 
 
-def entry_table(tokens: Tensor, context: ContextConfig, gister: Gister) -> Tensor:
-    """Return tokens [C, b, h] followed by the gists of every complete block of each level: [entries, b, h]."""
-    if context.plan == "recency":
-        return tokens
-    levels, below, rms = [tokens], tokens, embedding_rms(tokens)
-    for _ in range(context.max_level):
-        complete = below.shape[0] // context.block_size * context.block_size
-        below, rms = gister(below[:complete], rms[:complete], context.block_size)
-        levels.append(below)
-    return torch.cat(levels)
+def assemble_rows(tokens: Tensor, spans: SpanMetadata, context: ContextConfig, gister: Gister) -> Tensor:
+    """Return the rows [s, b V, h] that `spans` [b V, s] name, from the embeddings [C, b, h] of raw samples' tokens.
 
-
-def gather_rows(table: Tensor, spans: SpanMetadata, context: ContextConfig) -> Tensor:
-    """Return rows [s, b V, h] that `spans` [b V, s] name in an entry table [entries, b, h].
-
-    Context j reads raw sample j div V.  Uses an embedding lookup, whose backward is deterministic on every device.
+    Context j reads raw sample j div V; its rows cover every token at most once.  The table of entries is never built:
+    tokens are gathered first, and the few rows that are gists are then written over.  Gradients are summed in the
+    same order in every run.
     """
-    entries, raw, hidden = table.shape
-    contexts = spans.start.shape[0]
-    nodes = entry_index(spans.start, spans.level.long(), context.source_length, context.block_size)
-    sample = torch.arange(contexts, device=nodes.device) // (contexts // raw)
-    index = (nodes * raw + sample.unsqueeze(1)).transpose(0, 1)
-    return functional.embedding(index, table.reshape(entries * raw, hidden))
+    contexts, rows_each = spans.start.shape
+    number = torch.arange(contexts, device=tokens.device).unsqueeze(1)
+    sample = number.div(contexts // tokens.shape[1], rounding_mode="floor")
+    is_token = spans.level == 0
+    place = spans.start * tokens.shape[1] + sample
+    tokens, rms, rows = cast(tuple[Tensor, Tensor, Tensor], _TokenRows.apply(tokens, place.t(), is_token.t()))
+    gists = gists_of(tokens, rms, context, gister)
+    most = min(rows_each, sum(level.shape[0] for level in gists))
+    if most == 0:
+        return rows
+    # As many rows of each context as could be gists, those that are first: no shape depends on a plan.
+    row = is_token.to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+    start, level = spans.start.gather(1, row), spans.level.gather(1, row)
+    entry = entry_index(start, level.long(), context.source_length, context.block_size)
+    node = ((entry - context.source_length) * tokens.shape[1] + sample).clamp_min_(0)
+    # Rows are numbered in the order of [s, b V].
+    return cast(Tensor, _WithGists.apply(rows, row * contexts + number, (node, level == 0), torch.cat(gists)))
+
+
+def gists_of(tokens: Tensor, rms: Tensor, context: ContextConfig, gister: Gister) -> list[Tensor]:
+    """Return the gists of every complete block of each level from 1 on, [C div K^level, b, h] each.
+
+    `rms` [C, b] is that of the `tokens` [C, b, h].  A plan of tokens alone has no gists.
+    """
+    levels, below = [], tokens
+    for _ in range(context.max_level if context.plan != "recency" else 0):
+        complete = below.shape[0] // context.block_size * context.block_size
+        if complete < below.shape[0]:
+            below, rms = below[:complete], rms[:complete]
+        below, rms = gister(below, rms, context.block_size)
+        levels.append(below)
+    return levels
+
+
+class _TokenRows(torch.autograd.Function):
+    """Hands tokens [C, b, h] to all that read them: as they are, their RMS [C, b], and the rows [s, b V, h] of tokens.
+
+    `place` [s, b V] is each row's token among C b.  A row that `is_token` [s, b V] denies names the first token it
+    covers, which is no other row of its context, and gives it no gradient.  Summing the three gradients in one buffer
+    here spares autograd as many passes over all tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, place: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rms = embedding_rms(tokens)
+        # Not a view, so that gists can be written into it.
+        rows = functional.embedding(place, tokens.flatten(0, 1))
+        ctx.save_for_backward(tokens, rms, place, is_token)
+        return tokens, rms, rows
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        of_tokens, of_rms, of_rows = gradients
+        tokens, rms, place, is_token = ctx.saved_tensors
+        slope = rms_slope(of_rms, rms, tokens.shape[-1]).unsqueeze(-1)
+        out = torch.addcmul(of_tokens, tokens, slope, out=torch.empty_like(tokens))
+        flat, shape = out.flatten(0, 1), (tokens.shape[1], -1)
+        by_variant = [t.unflatten(1, shape).unbind(2) for t in (place, is_token.to(out.dtype), of_rows)]
+        # Rows of one context have tokens of their own, so each variant is added without collisions.
+        for places, keep, gradient in zip(*by_variant, strict=True):
+            index = places.flatten()
+            here = flat.index_select(0, index)
+            here.addcmul_(gradient.flatten(0, 1), keep.reshape(-1, 1))
+            flat.index_copy_(0, index, here)
+        return out, None, None
+
+
+class _WithGists(torch.autograd.Function):
+    """Writes gists [m, b, h] into rows [s, b V, h], in place.
+
+    `row` [b V, n] numbers different rows of each context.  `nodes` are the number of the gist among m b for each, and
+    whether it is a token, which is left alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, row: Tensor, nodes: tuple[Tensor, Tensor], gists: Tensor) -> Tensor:
+        flat, index, (node, is_token) = rows.flatten(0, 1), row.flatten(), nodes
+        is_token = is_token.view(-1, 1)
+        chosen = gists.flatten(0, 1).index_select(0, node.flatten())
+        flat.index_copy_(0, index, torch.where(is_token, flat.index_select(0, index), chosen))
+        ctx.save_for_backward(index, node, is_token)
+        ctx.shape = gists.shape
+        ctx.mark_dirty(rows)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, of_rows: Tensor) -> tuple[Tensor, None, None, Tensor]:  # type: ignore[override]
+        index, node, is_token = ctx.saved_tensors
+        blocks, count, hidden = ctx.shape
+        written = of_rows.flatten(0, 1).index_select(0, index).to(summing_dtype(of_rows.dtype))
+        written.masked_fill_(is_token, 0.0)
+        out = written.new_zeros(blocks * count, hidden)
+        shape = (count, -1, node.shape[1])
+        # Gists of one context differ, and what is no gist adds 0 to the first.
+        for nodes, gradient in zip(node.view(shape).unbind(1), written.view(*shape, hidden).unbind(1), strict=True):
+            out.index_add_(0, nodes.flatten(), gradient.flatten(0, 1))
+        return of_rows, None, None, out.to(of_rows.dtype).view(ctx.shape)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 GREATEST_GAIN = 1024.0
 """An average is scaled up by at most this factor; that of 1024 unrelated embeddings needs 32."""
+
+LEAST_RMS = math.sqrt(torch.finfo(torch.float32).tiny)
+"""What an embedding of nothing but zeros counts as: a root has no gradient at 0."""
 
 
 class Gister(Protocol):
@@ -22,10 +26,23 @@ class Gister(Protocol):
         ...
 
 
+def summing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of `dtype` are added up: fp32, or float64 for itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def embedding_rms(embeddings: Tensor) -> Tensor:
-    """Return the root mean square over channels, fp32 [n, b], of embeddings [n, b, h]."""
-    # The square root has no gradient at 0.
-    return embeddings.float().square().mean(dim=-1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    """Return the root mean square over channels, fp32 [n, b], of embeddings [n, b, h], at least LEAST_RMS.
+
+    Of float64 embeddings it is float64.
+    """
+    norm = torch.linalg.vector_norm(embeddings, dim=-1, dtype=summing_dtype(embeddings.dtype))
+    return (norm / math.sqrt(embeddings.shape[-1])).clamp_min(LEAST_RMS)
+
+
+def rms_slope(gradient: Tensor, rms: Tensor, channels: int) -> Tensor:
+    """Return what an embedding's gradient is a multiple of itself by, given its RMS [n, b] and the RMS's gradient."""
+    return gradient / (rms * channels)
 
 
 def mean_gists(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -33,9 +50,40 @@ def mean_gists(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Ten
 
     Shapes as in Gister.  The scale reads the block alone, so no row learns of a later token.
     """
-    n, batch, hidden = below.shape
-    mean = below.float().view(n // block_size, block_size, batch, hidden).mean(dim=1)
-    target = rms.view(n // block_size, block_size, batch).mean(dim=1)
-    # The floor keeps the gradient finite where a block's embeddings all but cancel out.
-    scale = target / torch.maximum(embedding_rms(mean), target / GREATEST_GAIN)
-    return (mean * scale.unsqueeze(-1)).to(below.dtype), target
+    return cast(tuple[Tensor, Tensor], _ScaledMean.apply(below, rms, block_size))
+
+
+class _ScaledMean(torch.autograd.Function):
+    """Reads `below` once and writes its gradient once, in its own dtype; what it keeps is as small as the gists.
+
+    With the mean m of a block, its RMS s, the target t and the gain f = t / s, a gist is g = f m.  Its gradients are
+    dm = f dg - (f / s) (dg . m) m / (h s) and dt = (dg . m) / s.  Where the gain is at its limit it is a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        blocks = below.unflatten(0, (-1, block_size))
+        mean = blocks.mean(dim=1, dtype=summing_dtype(below.dtype))
+        target = rms.unflatten(0, (-1, block_size)).mean(dim=1)
+        size = embedding_rms(mean)
+        # The limit keeps the gradient finite where a block's embeddings all but cancel out.
+        gain = (target / size).clamp_max(GREATEST_GAIN)
+        ctx.save_for_backward(mean, size, gain)
+        ctx.block_size, ctx.dtype = block_size, below.dtype
+        return (mean * gain.unsqueeze(-1)).to(below.dtype), target
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        (of_gist, of_target), (mean, size, gain) = gradients, ctx.saved_tensors
+        of_gist = of_gist.to(mean.dtype)
+        slope = (torch.linalg.vecdot(of_gist, mean) / size).masked_fill_(gain == GREATEST_GAIN, 0.0)
+        share = gain / ctx.block_size
+        along = (slope * share / size).unsqueeze(-1)
+        of_mean = torch.addcmul(of_gist * share.unsqueeze(-1), mean, along, value=-1.0 / mean.shape[-1])
+        of_below = _repeated(of_mean.to(ctx.dtype), ctx.block_size)
+        return of_below, _repeated((of_target + slope) / ctx.block_size, ctx.block_size), None
+
+
+def _repeated(blocks: Tensor, block_size: int) -> Tensor:
+    """Return each of `blocks` [n, ...] as often as it has entries: [n K, ...]."""
+    return blocks.unsqueeze(1).expand(-1, block_size, *blocks.shape[1:]).flatten(0, 1)

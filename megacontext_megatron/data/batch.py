@@ -80,10 +80,20 @@ def broadcast_batch(item: Item | None, layout: BatchLayout, group: dist.ProcessG
     shapes = layout.shapes()
     device = torch.device(torch.cuda.current_device())
     if item is not None:
-        flat = torch.cat([item[name].reshape(-1) for name in shapes]).to(device, non_blocking=True)
+        flat = _staged([item[name].reshape(-1) for name in shapes], device).to(device, non_blocking=True)
     else:
         flat = torch.empty(sum(b * n for b, n in shapes.values()), dtype=torch.int64, device=device)
     if group.size() > 1:
         dist.broadcast(flat, group=group, group_src=0)
     parts = flat.split([b * n for b, n in shapes.values()])
     return Batch(**{name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)})
+
+
+def _staged(parts: list[Tensor], device: torch.device) -> Tensor:
+    """Return the concatenation of host tensors in memory that `device` can read without stopping the host.
+
+    A copy from pageable memory waits for the stream, also where it is called non-blocking.  PyTorch gives pinned
+    memory to no one else before the copies made from it have ended.
+    """
+    size = sum(part.numel() for part in parts)
+    return torch.cat(parts, out=torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda"))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megacontext_megatron.config import SigmaRule
 from megacontext_megatron.spans.metadata import SpanMetadata
 
 
@@ -19,14 +20,15 @@ class SpanCarrier(torch.nn.Module):
     argument, the only per-row one that survives recomputation and pipelining with several micro-batches in flight.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rule: SigmaRule) -> None:
         super().__init__()
+        self._rule: SigmaRule = rule
         self._packed: Tensor | None = None
 
     @contextmanager
     def carrying(self, spans: SpanMetadata) -> Iterator[None]:
         """Carry `spans` [b, s] through the forward inside the `with` block."""
-        self._packed = spans.pack()
+        self._packed = spans.pack(self._rule)
         try:
             yield
         finally:
@@ -37,7 +39,7 @@ class SpanCarrier(torch.nn.Module):
         return 0
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
-        """Return the carrier [s, b, 1, 4]; raises RuntimeError outside `carrying`."""
+        """Return the carrier [s, b, 1, 6]; raises RuntimeError outside `carrying`."""
         if self._packed is None:
             raise RuntimeError("the model was called without span metadata: pass spans= to its forward")
         return self._packed

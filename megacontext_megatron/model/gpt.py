@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megacontext_megatron.attention.layer_spec import decoder_block_spec
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
-from megacontext_megatron.context.assembly import entry_table, gather_rows
+from megacontext_megatron.context.assembly import assemble_rows
 from megacontext_megatron.context.gists import Gister, mean_gists
 from megacontext_megatron.model.carrier import SpanCarrier
 from megacontext_megatron.position.parameters import PositionalParameters
@@ -31,7 +31,9 @@ class MegaContextGPTModel(GPTModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rotary_pos_emb = SpanCarrier()
+        gaussian = self.config.settings.gaussian
+        assert gaussian is not None
+        self.rotary_pos_emb = SpanCarrier(gaussian.sigma)
 
     def forward(  # type: ignore[override]
         self, input_ids: Tensor | None = None, *, spans: SpanMetadata, **kwargs: Any
@@ -47,10 +49,10 @@ class MegaContextGPTModel(GPTModel):
         if input_ids is None:
             raise RuntimeError("the first pipeline stage received no tokens")
         context = self.config.settings.context
-        tokens = self.embedding.word_embeddings(input_ids).transpose(0, 1).contiguous()
-        if self.config.use_mup and self.config.mup_embedding_mult != 1.0:
-            tokens = tokens * self.config.mup_embedding_mult
-        rows = gather_rows(entry_table(tokens, context, self.gister), spans, context)
+        if context.plan == "recency":
+            rows = self._embedded(input_ids.gather(1, spans.start)).transpose(0, 1).contiguous()
+        else:
+            rows = assemble_rows(self._embedded(input_ids.t().contiguous()), spans, context, self.gister)
         if self.config.fp32_residual_connection:
             rows = rows.float()
         if not self.config.sequence_parallel:
@@ -58,6 +60,12 @@ class MegaContextGPTModel(GPTModel):
         rows = scatter_to_sequence_parallel_region(rows, group=self.pg_collection.tp)
         with cast(Any, get_cuda_rng_tracker()).fork():
             return self.embedding.embedding_dropout(rows)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        tokens = self.embedding.word_embeddings(ids)
+        if self.config.use_mup and self.config.mup_embedding_mult != 1.0:
+            tokens = tokens * self.config.mup_embedding_mult
+        return tokens
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load as the parent does, then verify that every positional parameter holds what the checkpoint holds.

@@ -59,7 +59,7 @@ def row_sums(losses: Tensor, targets: Targets, spans: SpanMetadata, context: Con
 def shortened_sums(shortened: Tensor, context: ContextConfig) -> dict[str, Tensor]:
     """Return `shortened`, fp32 [1, 2]: history tokens left out, int64 [b, 1], and the mixed contexts they are of."""
     mixed = shortened.view(-1, context.variants)[:, 1 if context.variants > 1 else 0 :].float()
-    return {"shortened": torch.stack([mixed.sum(), mixed.new_tensor(mixed.numel())]).unsqueeze(0)}
+    return {"shortened": torch.stack([mixed, torch.ones_like(mixed)]).sum(dim=(1, 2)).unsqueeze(0)}
 
 
 def _pairs(value: Tensor, weights: Tensor, counts: Tensor) -> Tensor:

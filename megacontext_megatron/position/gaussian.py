@@ -100,7 +100,13 @@ class GaussianRotary(torch.nn.Module):
         sigma = base_sigma(spans.width, self._config.sigma).unsqueeze(-1)
         if self.sigma_scale is None:
             return sigma
-        return sigma * self.sigma_scale.scales()[spans.level.long()]
+        # Chosen level by level: an indexed lookup would sort thousands of equal indices for its gradient.  A level
+        # beyond the table makes the loss not a number.
+        scales, level = self.sigma_scale.scales(), spans.level.unsqueeze(-1)
+        factor = torch.full_like(scales[0], torch.nan)
+        for number, scale in enumerate(scales):
+            factor = torch.where(level == number, scale, factor)
+        return sigma * factor
 
     def forward(self, query: Tensor, key: Tensor, spans: SpanMetadata) -> tuple[Tensor, Tensor]:
         """Return finished query [s, b, np, hn] and key [s, b, ng, hn]; spans are [s, b]."""

@@ -23,12 +23,13 @@ FEATURES = (
     "expert parallel",
     "distributed optimizer",
     "recompute",
+    "FP8 linear layers",
     "spans",
     "packed sequences",
     "KV cache",
 )
 
-_TRAINING = frozenset(FEATURES[:7])
+_TRAINING = frozenset(FEATURES[: FEATURES.index("spans")])
 _REFUSABLE = frozenset({"spans", "packed sequences"})
 
 
@@ -58,7 +59,12 @@ REGISTRY = {
             name="gaussian_rope",
             code="plugin",
             supported=_TRAINING | {"spans"},
-            backends=("local: dense", "local with CP: dense, gathered keys"),
+            backends=(
+                "local: dense",
+                "local with CP: dense, gathered keys",
+                "transformer_engine: FlashAttention or cuDNN",
+                "transformer_engine with CP: ring, all-to-all, all-gather",
+            ),
         ),
         *(
             Encoding(

@@ -16,10 +16,5 @@ def entry_index(starts: Tensor, levels: Tensor, source_length: int, block_size: 
 
     `starts` and `levels` are int64 of any one shape; every start is a multiple of its level's width.
     """
-    width = widths(levels, block_size)
-    offsets = torch.zeros_like(starts)
-    below = torch.full_like(starts, source_length)
-    for level in range(1, 3):
-        offsets = offsets + torch.where(levels >= level, below, 0)
-        below = below // block_size
-    return offsets + starts // width
+    offsets = (levels >= 1) * source_length + (levels >= 2) * (source_length // block_size)
+    return offsets + starts // widths(levels, block_size)

@@ -18,8 +18,11 @@ class Modality(IntEnum):
     TEXT = 0
 
 
-CARRIER_COLUMNS = ("start", "width", "level", "modality")
-"""Columns of the carrier, all float64: exact for integers up to 2^53."""
+CARRIER_COLUMNS = ("start", "width", "level", "modality", "doubled_centre", "sigma")
+"""Columns of the carrier, all float64: exact for integers up to 2^53.
+
+The last two follow from the others; the kernels read them where they lie, so that no layer derives them again.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,26 +57,49 @@ class SpanMetadata:
         """Twice the centre, int64 and exact: 2 mu = 2 start + width - 1."""
         return 2 * self.start + self.width - 1
 
-    def pack(self) -> Tensor:
-        """Return the carrier of [b, s] metadata: float64 [s, b, 1, 4], columns as in CARRIER_COLUMNS."""
-        columns = [getattr(self, name).double() for name in CARRIER_COLUMNS]
-        return torch.stack(columns, dim=-1).transpose(0, 1).unsqueeze(2).contiguous()
+    def pack(self, rule: SigmaRule) -> Tensor:
+        """Return the carrier of [b, s] metadata: float64 [s, b, 1, 6], columns as in CARRIER_COLUMNS.
+
+        `sigma` is the fp32 spread that `rule` gives each width.
+        """
+        columns = (
+            self.start,
+            self.width,
+            self.level,
+            self.modality,
+            self.doubled_centre,
+            base_sigma(self.width, rule),
+        )
+        return torch.stack([c.double() for c in columns], dim=-1).transpose(0, 1).unsqueeze(2).contiguous()
 
     @classmethod
     def unpack(cls, carrier: Tensor) -> SpanMetadata:
-        """Return the metadata, [s, b], that a carrier [s, b, 1, 4] holds.
+        """Return the metadata, [s, b], that a carrier [s, b, 1, 6] holds.
 
         Raises RuntimeError for another dtype than float64: a cast carrier would give wrong places.
         """
-        if carrier.dtype != torch.float64:
-            raise RuntimeError(f"the carrier of span metadata must be float64, not {carrier.dtype}")
-        start, width, level, modality = carrier.detach()[..., 0, :].unbind(-1)
+        start, width, level, modality, *_ = _columns(carrier)
         return cls(
             start=start.long(),
             width=width.to(torch.int32),
             level=level.to(torch.int8),
             modality=modality.to(torch.int8),
         )
+
+
+def carried_places(carrier: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the doubled centres and spreads that a carrier [s, b, 1, 6] holds: float64 views [s, b].
+
+    Raises RuntimeError for another dtype than float64.
+    """
+    *_, doubled_centre, sigma = _columns(carrier)
+    return doubled_centre, sigma
+
+
+def _columns(carrier: Tensor) -> tuple[Tensor, ...]:
+    if carrier.dtype != torch.float64:
+        raise RuntimeError(f"the carrier of span metadata must be float64, not {carrier.dtype}")
+    return carrier.detach()[..., 0, :].unbind(-1)
 
 
 def base_sigma(width: Tensor, rule: SigmaRule) -> Tensor:

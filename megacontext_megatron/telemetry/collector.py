@@ -36,15 +36,31 @@ class RowSums:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def reduced(self, group: dist.ProcessGroup) -> dict[str, Tensor]:
-        """Return the sums over all ranks of `group`, on the CPU in float64, and start again; one all-reduce."""
+        """Return the sums over all ranks of `group`, float64 [k, 2] each, and start again; one all-reduce."""
         if not self._sums:
             return {}
         sizes = {name: value.shape[0] for name, value in self._sums.items()}
-        flat = torch.cat([value.reshape(-1) for value in self._sums.values()]).double()
+        flat = torch.cat(list(self._sums.values())).double()
         dist.all_reduce(flat, group=group)
-        parts = flat.cpu().view(-1, 2).split(list(sizes.values()))
         self._sums = {}
-        return dict(zip(sizes, parts, strict=True))
+        return dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+
+
+class HostCopy:
+    """Tensors on their way to the host, which nobody waits for until they are asked for."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._values = {name: value.to("cpu", non_blocking=True) for name, value in tensors.items()}
+        self._arrived: torch.cuda.Event | None = None
+        if any(value.is_cuda for value in tensors.values()):
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> dict[str, Tensor]:
+        """Return the tensors on the CPU."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values
 
 
 def row_scalars(sums: dict[str, Tensor], settings: Settings, variants: Sequence[str], steps: int) -> dict[str, float]:
@@ -74,39 +90,33 @@ def _ratio(pair: Tensor) -> float:
 
 
 def sigma_table(
-    model: Sequence[torch.nn.Module], settings: Settings, num_layers: int, pipeline: dist.ProcessGroup
+    model: Sequence[torch.nn.Module], settings: Settings, shape: tuple[int, int], pipeline: dist.ProcessGroup
 ) -> Tensor | None:
-    """Return the learned factors on sigma of all layers, fp32 [layers, levels, groups], NaN where a layer has none.
+    """Return the learned factors on sigma of all layers, fp32 [layers, levels, groups], 0 where a layer has none.
 
-    None where nothing is learned.  Every pipeline rank must call it: one all-reduce over `pipeline`.
+    `shape` is the number of layers and of query groups.  None where nothing is learned.  Every pipeline rank must call
+    it: one all-reduce over `pipeline`.
     """
     gaussian, levels = settings.gaussian, settings.context.max_level
     if gaussian is None or gaussian.learnable_sigma == "none":
         return None
-    found: dict[int, Tensor] = {}
+    num_layers, query_groups = shape
+    groups = query_groups if gaussian.learnable_sigma == "head" else 1
+    table = torch.zeros(num_layers, levels + 1, groups, device=torch.cuda.current_device())
     for chunk in model:
         for module in chunk.modules():
             rotary = getattr(module, "rotary", None)
             if isinstance(rotary, GaussianRotary) and rotary.sigma_scale is not None:
-                found[cast(int, module.layer_number)] = rotary.sigma_scale.all_scales()
-    groups = rotary_groups(found, pipeline)
-    table = torch.zeros(num_layers, levels + 1, groups, device=torch.cuda.current_device())
-    for layer, scales in found.items():
-        table[layer - 1] = scales.detach()
+                table[cast(int, module.layer_number) - 1] = rotary.sigma_scale.all_scales()
     dist.all_reduce(table, group=pipeline)
-    return torch.where(table == 0, torch.nan, table)[:, 1:].cpu()
-
-
-def rotary_groups(found: dict[int, Tensor], pipeline: dist.ProcessGroup) -> int:
-    """Return the number of query groups learned for, agreed on by all stages, one of which may hold no such layer."""
-    own = max((scales.shape[1] for scales in found.values()), default=1)
-    size = torch.tensor([own], device=torch.cuda.current_device())
-    dist.all_reduce(size, op=dist.ReduceOp.MAX, group=pipeline)
-    return int(size.item())
+    return table[:, 1:]
 
 
 def sigma_interval(table: Tensor | None, settings: Settings) -> Interval:
-    """Return the sigmas by level: their scalars, and histograms over layers and query groups, in tokens."""
+    """Return the sigmas by level: their scalars, and histograms over layers and query groups, in tokens.
+
+    `table` is that of sigma_table, on the CPU.
+    """
     scalars: dict[str, float] = {}
     histograms: dict[str, Tensor] = {}
     context, gaussian = settings.context, settings.gaussian
@@ -115,11 +125,11 @@ def sigma_interval(table: Tensor | None, settings: Settings) -> Interval:
     for level in range(1, context.max_level + 1):
         base = base_sigma(torch.tensor(context.block_size**level), gaussian.sigma)
         scales = torch.ones(1) if table is None else table[:, level - 1].flatten()
-        sigma = base * scales[~scales.isnan()]
+        sigma = base * scales[scales > 0]
         histograms[names.SIGMA_HISTOGRAM.at(level=level)] = sigma
         scalars[names.SIGMA_MEAN.at(level=level)] = float(sigma.mean())
         if table is not None:
             for layer, row in enumerate(table[:, level - 1], start=1):
-                if not row.isnan().any():
+                if row.all():
                     scalars[names.SIGMA_SCALE.at(layer=layer, level=level)] = float(row.mean())
     return Interval(scalars=scalars, histograms=histograms)

@@ -34,7 +34,8 @@ class Sinks:
                     self._tensorboard.add_scalar(name, value, iteration)
             for name, values in interval.histograms.items():
                 self._tensorboard.add_histogram(name, values, iteration)
-        if self._wandb is not None:
+        # Megatron ends the W&B run before an early exit.
+        if self._wandb is not None and self._wandb.run is not None:
             import wandb
 
             histograms = {name: wandb.Histogram(v.tolist()) for name, v in interval.histograms.items()}

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.gpu.absent import without_transformer_engine
 from tests.launch import tiny_flags, train
 
 pytestmark = pytest.mark.gpu
@@ -29,9 +30,10 @@ def test_gpu_equals_cpu_in_fp32(corpus: Path, tmp_path: Path) -> None:
     start = tiny_flags(
         strong=True, **CONTEXT | weights | {"train_iters": 1, "save": tmp_path / "start", "save_interval": 1}
     )
-    train(start, workdir=tmp_path / "w0").check()
+    cpu: dict[str, Any] = {"bare": True, "before": without_transformer_engine}
+    train(start, workdir=tmp_path / "w0", **cpu).check()
     load = {"load": tmp_path / "start", "finetune": True}
-    on_cpu = train(tiny_flags(strong=True, **CONTEXT | weights | load), workdir=tmp_path / "cpu").check()
+    on_cpu = train(tiny_flags(strong=True, **CONTEXT | weights | load), workdir=tmp_path / "cpu", **cpu).check()
     on_gpu = train(tiny_flags(strong=True, **CONTEXT | weights | load | ON_GPU), workdir=tmp_path / "gpu").check()
     # fp32 on both: only the order of sums differs, by a few units in the last place of 2^-23 a step.
     assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=1e-5)

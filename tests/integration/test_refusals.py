@@ -61,8 +61,15 @@ ENCODINGS = {
         {"position_embedding_type": "rope", "gaussian_rope_learnable_sigma": None},
         "--megacontext needs --position-embedding-type gaussian_rope",
     ),
-    "Transformer Engine": ({"cpu": None, "transformer_impl": "transformer_engine"}, "--transformer-impl"),
-    "Transformer Engine by default": ({"cpu": None}, "--transformer-impl"),
+    "Transformer Engine on a CPU": (
+        {"transformer_impl": "transformer_engine"},
+        "--transformer-impl transformer_engine with --cpu",
+    ),
+    "Transformer Engine by default, in fp32": (
+        {"cpu": None},
+        "--transformer-impl transformer_engine without --bf16",
+        "add --bf16, or --transformer-impl local",
+    ),
     "without effect": ({**TOKENS_ONLY, "mc_horizon": 8}, "--mc-horizon has no effect without --megacontext"),
     "without effect on rope": (
         {**TOKENS_ONLY, "position_embedding_type": "rope", "gaussian_rope_sides": "k"},

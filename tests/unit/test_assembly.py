@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megacontext_megatron.config import ContextConfig
-from megacontext_megatron.context.assembly import entry_table, gather_rows
-from megacontext_megatron.context.gists import embedding_rms, mean_gists
+from megacontext_megatron.context.assembly import assemble_rows, gists_of
+from megacontext_megatron.context.gists import GREATEST_GAIN, Gister, embedding_rms, mean_gists
 from megacontext_megatron.spans.metadata import SpanMetadata
 from megacontext_megatron.spans.plan import plan_rows
 
@@ -80,6 +80,11 @@ def small(variants: int = 1, **changes: Any) -> ContextConfig:
     return ContextConfig(**(settings | {"variants": variants, "level2_prob": 0.6} | changes))
 
 
+def entry_table(tokens: Tensor, context: ContextConfig, gister: Gister = mean_gists) -> Tensor:
+    """Return tokens [C, b, h] followed by the gists of every complete block of each level: [entries, b, h]."""
+    return torch.cat([tokens, *gists_of(tokens, embedding_rms(tokens), context, gister)])
+
+
 def every_node(context: ContextConfig) -> SpanMetadata:
     """Return one context [1, n] of every complete node of every level, in the order of the entry table."""
     k = context.block_size
@@ -100,7 +105,7 @@ def test_the_small_context_has_all_levels():
 def test_rows_are_those_of_the_loop(variants: int, raw: int, seed: int):
     context = small(variants)
     tokens, spans = embeddings(context, raw, seed), planned(context, raw, seed)
-    got = gather_rows(entry_table(tokens, context, mean_gists), spans, context)
+    got = assemble_rows(tokens, spans, context, mean_gists)
     assert (got.shape, got.dtype) == ((context.window, raw * variants, HIDDEN), torch.float32)
     expected = naive_rows(tokens.double(), spans, variants, context.block_size)
     assert_same(got, expected, FP32_RTOL)
@@ -112,7 +117,7 @@ def test_gradients_are_those_of_the_loop(variants: int, raw: int, seed: int):
     spans = planned(context, raw, seed)
     fast = embeddings(context, raw, seed).requires_grad_()
     naive = fast.detach().double().requires_grad_()
-    rows = gather_rows(entry_table(fast, context, mean_gists), spans, context)
+    rows = assemble_rows(fast, spans, context, mean_gists)
     weights = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     (rows * weights.float()).sum().backward()
     (naive_rows(naive, spans, variants, context.block_size) * weights.float().double()).sum().backward()
@@ -121,17 +126,105 @@ def test_gradients_are_those_of_the_loop(variants: int, raw: int, seed: int):
     assert_same(fast.grad, naive.grad, FP32_RTOL)
 
 
-def test_gradients_of_a_float64_gister_check():
-    def plain_mean(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        blocks = below.unflatten(0, (-1, block_size))
-        return blocks.mean(dim=1).sin(), rms.unflatten(0, (-1, block_size)).mean(dim=1)
+def plain_mean(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Average each block and bend the average: a gister that knows nothing of sizes, by autograd alone."""
+    blocks = below.unflatten(0, (-1, block_size))
+    return blocks.mean(dim=1).sin(), rms.unflatten(0, (-1, block_size)).mean(dim=1)
 
-    context = small(variants=2)
+
+def sized_mean(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Do what mean_gists says, by autograd alone."""
+    mean = below.unflatten(0, (-1, block_size)).mean(dim=1)
+    target = rms.unflatten(0, (-1, block_size)).mean(dim=1)
+    size = torch.maximum(embedding_rms(mean), target / GREATEST_GAIN)
+    return mean * (target / size).unsqueeze(-1), target
+
+
+@pytest.mark.parametrize("gister", [plain_mean, mean_gists])
+@pytest.mark.parametrize("variants", [1, 2, 3])
+def test_gradients_check(gister: Gister, variants: int):
+    context = small(variants=variants)
     spans = planned(context, raw=2)
     tokens = embeddings(context, 2, seed=3, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda t: gather_rows(entry_table(t, context, plain_mean), spans, context), (tokens,), fast_mode=True
-    )
+    assert torch.autograd.gradcheck(lambda t: assemble_rows(t, spans, context, gister), (tokens,), fast_mode=True)
+
+
+def test_gradients_of_gists_and_of_their_sizes_check():
+    tokens = embeddings(small(), 2, seed=9, dtype=torch.float64)[:12].requires_grad_()
+    sizes = torch.rand(12, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda below, rms: mean_gists(below, rms, 3), (tokens, sizes))
+    assert torch.autograd.gradcheck(embedding_rms, (tokens,))
+
+
+@given(seed=SEEDS, cancel=st.sampled_from([1e-2, 1e-4, 1e-9]))
+def test_blocks_that_cancel_have_the_gradients_of_autograd(seed: int, cancel: float):
+    """At the limit of the gain, and before it, for targets other than the block's own size."""
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn(2, 3, HIDDEN, generator=generator, dtype=torch.float64)
+    left = cancel * torch.randn(half.shape, generator=generator, dtype=torch.float64)
+    tokens = torch.stack([half, left - half], dim=1).flatten(0, 1)
+    weights = torch.randn(2, 3, HIDDEN, generator=generator, dtype=torch.float64)
+    gradients = []
+    for gister in (mean_gists, sized_mean):
+        inputs = [tokens.clone().requires_grad_(), embedding_rms(tokens).mul(1.5).requires_grad_()]
+        gists, targets = gister(inputs[0], inputs[1], 2)
+        gradients.append(torch.autograd.grad((gists * weights).sum() + (targets * weights[..., 0]).sum(), inputs))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+def test_a_learned_gister_gets_gradients_and_gives_them_to_tokens():
+    class Learned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(HIDDEN, dtype=torch.float64).mul(0.7))
+
+        def forward(self, below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+            gists, rms = plain_mean(below, rms, block_size)
+            return (gists @ self.weight) * rms.unsqueeze(-1), rms
+
+    context, learned = small(variants=2), Learned()
+    spans = planned(context, raw=2)
+    tokens = embeddings(context, 2, seed=6, dtype=torch.float64).requires_grad_()
+
+    def rows(t: Tensor, weight: Tensor) -> Tensor:
+        def gister(below: Tensor, rms: Tensor, block_size: int) -> Any:
+            return torch.func.functional_call(learned, {"weight": weight}, (below, rms, block_size))
+
+        return assemble_rows(t, spans, context, gister)
+
+    assert torch.autograd.gradcheck(rows, (tokens, learned.weight), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients_round_each_sum_a_few_times(dtype: torch.dtype):
+    context, raw = small(variants=3), 2
+    tokens, spans = embeddings(context, raw, seed=5, dtype=dtype), planned(context, raw)
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(context.window, 3 * raw, HIDDEN, generator=generator).to(dtype)
+    gradients = []
+    for inputs in (tokens.clone().requires_grad_(), tokens.double().requires_grad_()):
+        rows = assemble_rows(inputs, spans, context, mean_gists)
+        gradients += torch.autograd.grad(rows, inputs, weights.to(rows.dtype))
+    # Once for each variant, and in each of the two gists above.
+    assert_same(gradients[0], gradients[1], 8 * torch.finfo(dtype).eps)
+
+
+def test_samples_do_not_touch_each_others_gradients():
+    """Other contexts of the micro-batch change no bit of a sample's gradient."""
+    context = small(variants=2)
+    tokens, spans = embeddings(context, 3, seed=7), planned(context, 3)
+    weights = torch.randn(context.window, 6, HIDDEN, generator=torch.Generator().manual_seed(7))
+    together = tokens.clone().requires_grad_()
+    assemble_rows(together, spans, context, mean_gists).backward(weights)
+    assert together.grad is not None
+    for sample in range(3):
+        alone = tokens[:, [sample]].clone().requires_grad_()
+        own = slice(2 * sample, 2 * sample + 2)
+        of_sample = SpanMetadata.of_nodes(spans.start[own], spans.level[own].long(), context.block_size)
+        assemble_rows(alone, of_sample, context, mean_gists).backward(weights[:, own].contiguous())
+        assert alone.grad is not None
+        assert torch.equal(alone.grad[:, 0], together.grad[:, sample])
 
 
 @given(block_size=st.integers(2, 4), blocks=st.integers(1, 20), max_level=st.integers(1, 2), seed=SEEDS)
@@ -146,24 +239,24 @@ def test_table_holds_every_complete_node_in_order(block_size: int, blocks: int, 
         horizon=1,
     )
     tokens, spans = embeddings(context, 1, seed), every_node(context)
-    table = entry_table(tokens, context, mean_gists)
+    table = entry_table(tokens, context)
     assert table.shape[0] == spans.start.shape[1]
     expected = naive_rows(tokens.double(), spans, 1, block_size)
     assert_same(table, expected, FP32_RTOL)
-    assert torch.equal(gather_rows(table, spans, context), table)
+    assert torch.equal(assemble_rows(tokens, spans, context, mean_gists), table)
 
 
 def test_recency_rows_are_the_tokens_themselves():
     context = ContextConfig.tokens_only(10)
     tokens = embeddings(context, 2, seed=0)
-    assert entry_table(tokens, context, mean_gists) is tokens
-    assert torch.equal(gather_rows(tokens, planned(context, 2), context), tokens)
+    assert gists_of(tokens, embedding_rms(tokens), context, mean_gists) == []
+    assert torch.equal(assemble_rows(tokens, planned(context, 2), context, mean_gists), tokens)
 
 
 def test_token_rows_are_copied_bit_for_bit():
     context = small(variants=2)
     tokens, spans = embeddings(context, 2, seed=1), planned(context, 2)
-    rows = gather_rows(entry_table(tokens, context, mean_gists), spans, context)
+    rows = assemble_rows(tokens, spans, context, mean_gists)
     for context_row in range(4):
         is_token = spans.level[context_row] == 0
         expected = tokens[spans.start[context_row][is_token], context_row // 2]
@@ -215,7 +308,7 @@ def test_gist_points_where_the_mean_of_its_tokens_does():
 def test_half_precision_rounds_each_gist_once(dtype: torch.dtype):
     context = small()
     tokens, spans = embeddings(context, 2, seed=5, dtype=dtype), every_node(context)
-    table = entry_table(tokens, context, mean_gists)
+    table = entry_table(tokens, context)
     assert table.dtype == dtype
     expected = torch.cat([naive_rows(tokens[:, [b]].double(), spans, 1, context.block_size) for b in range(2)], dim=1)
     # Level 2 rounds once more than level 1, whose gists it is made of.
@@ -228,13 +321,13 @@ def test_nothing_outside_the_block_reaches_a_gist(level: int):
     context, raw, sample = small(), 2, 1
     tokens = embeddings(context, raw, seed=2)
     width, nodes = context.block_size**level, context.source_length // context.block_size**level
-    clean = entry_table(tokens, context, mean_gists)
+    clean = entry_table(tokens, context)
     offset = sum(context.source_length // context.block_size**below for below in range(level))
     for node in range(nodes):
         poisoned = torch.full_like(tokens, float("nan"))
         inside = slice(node * width, (node + 1) * width)
         poisoned[inside, sample] = tokens[inside, sample]
-        got = entry_table(poisoned, context, mean_gists)[offset + node]
+        got = entry_table(poisoned, context)[offset + node]
         assert torch.equal(got[sample], clean[offset + node, sample])
         assert got[1 - sample].isnan().all()
 
@@ -245,7 +338,7 @@ def test_every_token_of_the_block_reaches_its_gist(level: int):
     tokens = embeddings(context, 1, seed=2).requires_grad_()
     width = context.block_size**level
     offset = sum(context.source_length // context.block_size**below for below in range(level))
-    entry_table(tokens, context, mean_gists)[offset + 1].sum().backward()
+    entry_table(tokens, context)[offset + 1].sum().backward()
     assert tokens.grad is not None
     touched = tokens.grad.abs().sum(dim=(1, 2)) > 0
     assert touched.nonzero().flatten().tolist() == list(range(width, 2 * width))
@@ -255,9 +348,7 @@ def test_variants_share_one_embedding():
     context = small(variants=3)
     spans = planned(context, raw=2)
     tokens = embeddings(context, 2, seed=4).requires_grad_()
-    table = entry_table(tokens, context, mean_gists)
-    assert table.shape[1] == 2, "embedded once for each raw sample"
-    rows = gather_rows(table, spans, context)
+    rows = assemble_rows(tokens, spans, context, mean_gists)
     newest = tokens[-1].repeat_interleave(3, dim=0)
     assert torch.equal(rows[-1], newest)
     (gradient,) = torch.autograd.grad(rows[-1].sum(), tokens)
@@ -276,6 +367,6 @@ def test_a_block_without_embeddings_has_a_finite_gradient():
 def test_a_source_shorter_than_a_level_2_block_has_no_such_entries():
     context = ContextConfig(window=5, source_length=8, block_size=4, max_level=2, recent_tokens=4, horizon=1)
     tokens = embeddings(context, 1, seed=0)
-    table = entry_table(tokens, context, mean_gists)
+    table = entry_table(tokens, context)
     assert table.shape == (8 + 2, 1, HIDDEN)
-    assert torch.equal(gather_rows(table, planned(context, 1), context), table[[8, 4, 5, 6, 7]])
+    assert torch.equal(assemble_rows(tokens, planned(context, 1), context, mean_gists), table[[8, 4, 5, 6, 7]])

@@ -177,7 +177,7 @@ def test_memory_layout_changes_no_bit(layout):
     inverse = [layout.index(place) for place in range(4)]
     strided = [x.permute(layout).contiguous().permute(inverse) for x in (query, key)]
     spans = mixed_spans()
-    carried = SpanMetadata.unpack(SpanMetadata.of_nodes(spans.start.T, spans.level.T, BLOCK).pack())
+    carried = SpanMetadata.unpack(SpanMetadata.of_nodes(spans.start.T, spans.level.T, BLOCK).pack("uniform"))
     module, restoring = rotary(), rotary(renorm="rms")
     plain = module(query, key, spans)
     assert all(torch.equal(*pair) for pair in zip(plain, module(*strided, carried), strict=True))

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from megacontext_megatron.config import SIGMA_RULES
 from megacontext_megatron.model.carrier import SpanCarrier
-from megacontext_megatron.spans.metadata import CARRIER_COLUMNS, Modality, SpanMetadata, base_sigma
+from megacontext_megatron.spans.metadata import CARRIER_COLUMNS, Modality, SpanMetadata, base_sigma, carried_places
 from tests import oracles
 
 FARTHEST = 2**51
 BLOCK = 32
+STORED = ("start", "width", "level", "modality")
 ALL_WIDTHS = torch.tensor([1, 2, 3, 31, 32, 33, 1024, 32768, 2**30], dtype=torch.int32)
 
 
@@ -42,15 +43,25 @@ def farthest():
 @given(metadata())
 @example(farthest())
 def test_carrier_round_trip_is_exact(spans):
-    carrier = spans.pack()
+    carrier = spans.pack("uniform")
     batch, rows = spans.start.shape
     assert (carrier.shape, carrier.dtype) == ((rows, batch, 1, len(CARRIER_COLUMNS)), torch.float64)
     assert carrier.is_contiguous()
     unpacked = SpanMetadata.unpack(carrier)
-    for name in CARRIER_COLUMNS:
+    for name in STORED:
         sent, received = getattr(spans, name), getattr(unpacked, name)
         assert received.dtype == sent.dtype
         assert torch.equal(received, sent.T)
+
+
+@given(metadata(), st.sampled_from(SIGMA_RULES))
+@example(farthest(), "uniform")
+def test_carried_places_are_those_of_the_metadata(spans, rule):
+    centre, sigma = carried_places(spans.pack(rule))
+    assert torch.equal(centre.long(), spans.doubled_centre.T)
+    assert torch.equal(sigma.float(), base_sigma(spans.width, rule).T)
+    with pytest.raises(RuntimeError, match="float64"):
+        carried_places(spans.pack(rule).float())
 
 
 @given(metadata())
@@ -68,14 +79,14 @@ def test_metadata_of_nodes_by_level():
     assert spans.width.tolist() == [1024, 32, 1, 1]
     assert spans.end.tolist() == [1024, 1056, 1057, 1058]
     assert spans.modality.tolist() == [Modality.TEXT] * 4
-    dtypes = [getattr(spans, name).dtype for name in CARRIER_COLUMNS]
+    dtypes = [getattr(spans, name).dtype for name in STORED]
     assert dtypes == [torch.int64, torch.int32, torch.int8, torch.int8]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rounded_carrier_is_refused(dtype):
     with pytest.raises(RuntimeError, match="float64"):
-        SpanMetadata.unpack(farthest().pack().to(dtype))
+        SpanMetadata.unpack(farthest().pack("uniform").to(dtype))
 
 
 def test_uniform_spread_is_that_of_the_tokens():
@@ -107,19 +118,19 @@ def test_token_has_no_spread_and_gists_have_more_the_wider(rule):
 
 
 def test_carrier_module_hands_over_the_spans_of_this_forward_only():
-    carrier = SpanCarrier()
+    carrier = SpanCarrier("uniform")
     spans = farthest()
     with pytest.raises(RuntimeError, match="without span metadata"):
         carrier(0)
     with carrier.carrying(spans):
         handed = carrier(carrier.get_rotary_seq_len(None, None, None, None), packed_seq=False)
-    assert torch.equal(handed, spans.pack())
+    assert torch.equal(handed, spans.pack("uniform"))
     with pytest.raises(RuntimeError, match="without span metadata"):
         carrier(0)
 
 
 def test_carrier_module_is_empty_after_a_failed_forward():
-    carrier = SpanCarrier()
+    carrier = SpanCarrier("uniform")
     with pytest.raises(ZeroDivisionError), carrier.carrying(farthest()):
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="without span metadata"):
@@ -127,6 +138,6 @@ def test_carrier_module_is_empty_after_a_failed_forward():
 
 
 def test_carrier_module_adds_nothing_to_a_checkpoint():
-    carrier = SpanCarrier()
+    carrier = SpanCarrier("uniform")
     with carrier.carrying(farthest()):
         assert not carrier.state_dict()

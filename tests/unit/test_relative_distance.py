@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacontext_megatron.config import ContextConfig, GaussianRopeConfig, RotaryConfig
-from megacontext_megatron.context.assembly import entry_table, gather_rows
+from megacontext_megatron.context.assembly import assemble_rows
 from megacontext_megatron.context.gists import mean_gists
 from megacontext_megatron.position.frequencies import rotary_frequencies
 from megacontext_megatron.position.gaussian import GaussianRotary
@@ -86,10 +86,9 @@ Node = tuple[int, int]
 
 
 def content():
-    """Entries of every level, [entries, 1, channels of all heads and groups]: tokens, and their mean gists."""
+    """Embeddings of tokens, [C, 1, channels of all heads and groups]."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(TOKENS, 1, (HEADS + GROUPS) * CHANNELS, generator=generator)
-    return entry_table(tokens, CONTEXT, mean_gists)
+    return torch.randn(TOKENS, 1, (HEADS + GROUPS) * CHANNELS, generator=generator)
 
 
 def collapse(rows: list[Node], node: Node) -> list[Node]:
@@ -108,8 +107,8 @@ def expand(rows: list[Node], node: Node) -> list[Node]:
 def logits_of(module: GaussianRotary, rows: list[Node], offset: int) -> dict[tuple[Node, Node], torch.Tensor]:
     """Logits [np] of every pair of rows, from content and spans that went through the carrier."""
     start, level = (torch.tensor([column]) for column in zip(*rows, strict=True))
-    content_rows = gather_rows(content(), SpanMetadata.of_nodes(start, level, BLOCK), CONTEXT)
-    spans = SpanMetadata.unpack(SpanMetadata.of_nodes(start + offset, level, BLOCK).pack())
+    content_rows = assemble_rows(content(), SpanMetadata.of_nodes(start, level, BLOCK), CONTEXT, mean_gists)
+    spans = SpanMetadata.unpack(SpanMetadata.of_nodes(start + offset, level, BLOCK).pack("uniform"))
     heads = content_rows.unflatten(-1, (HEADS + GROUPS, CHANNELS))
     query, key = module(heads[:, :, :HEADS], heads[:, :, HEADS:], spans)
     key = key.repeat_interleave(HEADS // GROUPS, dim=2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.util import find_spec
 
 import pytest
 from tokenizers import Tokenizer
@@ -62,6 +63,9 @@ OTHERS = [
     ["--dist-ckpt-strictness", "log_all"],
     ["--dist-ckpt-strictness", "ignore_all"],
     ["--non-persistent-ckpt-type", "global"],
+    ["--attention-backend", "local"],
+    ["--use-transformer-engine-op-fuser"],
+    ["--use-grouped-gemm-for-dense-mlp"],
 ]
 WITH_SPANS = [
     ["--transformer-impl", "transformer_engine"],
@@ -72,13 +76,62 @@ WITH_SPANS = [
     ["--attention-backend", "fused"],
     ["--cp-comm-type", "all_gather"],
     ["--fp32-residual-connection", "--bf16"],
+    ["--fused-residual-rmsnorm"],
+    ["--tp-comm-overlap"],
+    ["--fine-grained-activation-offloading"],
+    ["--fp8-dot-product-attention"],
+    ["--fp8-multi-head-attention"],
+    ["--mc-backend", "triton"],
 ]
+ON_TE = {"cpu": None, "transformer_impl": "transformer_engine", "bf16": True}
+CP = ["--context-parallel-size", "2"]
+WITH_TE = {
+    "fp32": ({"bf16": None}, ["--transformer-impl", "transformer_engine"], "without --bf16", "TF32", "local"),
+    "a kernel without norms": (
+        {},
+        ["--mc-backend", "triton", "--gaussian-rope-renorm", "rms"],
+        "--gaussian-rope-renorm",
+    ),
+    "a kernel of exact phases": (
+        {},
+        ["--mc-backend", "triton", "--gaussian-rope-phase", "megatron"],
+        "--gaussian-rope-phase",
+    ),
+    "a wider key": ({}, ["--gaussian-rope-log-width-bias"], "--transformer-impl transformer_engine"),
+    "4 bits": ({}, ["--fp4-format", "e2m1"]),
+    "rows of one rank": ({}, ["--attention-backend", "unfused", *CP], "--context-parallel-size"),
+    "no such exchange": ({}, ["--cp-comm-type", "ring", *CP], "p2p, a2a, all_gather, a2a+p2p"),
+    "three exchanges for two layers": ({}, ["--cp-comm-type", "p2p", "a2a", "p2p", *CP], "--num-layers"),
+    "windows in a ring": ({}, ["--cp-comm-type", "p2p", "--window-size", "16,0", *CP], "--window-size", "a2a"),
+    "windows in one layer's ring": (
+        {},
+        ["--cp-comm-type", "a2a", "p2p", "--window-size", "16,0", "--window-attn-skip-freq", "[0,1]", *CP],
+        "--window-size",
+    ),
+    "groups": ({"tensor_model_parallel_size": 2}, ["--cp-comm-type", "a2a", *CP], "query groups"),
+}
+"""Overrides, words behind the small run's on Transformer Engine's layers, and parts of the refusal."""
+
+FOR_TE = [
+    CP,
+    ["--cp-comm-type", "all_gather", *CP],
+    ["--cp-comm-type", "a2a", "--window-size", "16,0", *CP],
+    ["--cp-comm-type", "a2a", "p2p", "--window-size", "16,0", "--window-attn-skip-freq", "[1,0]", *CP],
+    ["--window-size", "16,0"],
+    ["--fp8-format", "hybrid"],
+    ["--attention-backend", "flash"],
+    ["--attention-backend", "unfused"],
+    ["--apply-layernorm-1p"],
+]
+"""Words that Transformer Engine's layers take."""
 
 NOT_IN_MEGATRON = {
     "--fused-single-qkv-rope",
     "--dynamic-context-parallel",
     "--kitchen-config-file",
     "--kitchen-recipe-number",
+    "--fp8-dot-product-attention",
+    "--fp8-multi-head-attention",
 }
 """Flags of other releases, or of packages that are not installed: the parser itself refuses them by name."""
 
@@ -150,14 +203,42 @@ def test_every_other_refusal_is_by_name(outcomes):
         by_name(outcome, line)
 
 
+def test_what_transformer_engine_would_get_wrong_is_refused_by_name(outcomes):
+    lines = [{**ON_TE, **overrides} for overrides, *_ in WITH_TE.values()]
+    for (_, words, *parts), line in zip(WITH_TE.values(), lines, strict=True):
+        (outcome,) = outcomes(line, more=[words])
+        said = by_name(outcome, words)
+        for part in parts:
+            assert part in said
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="Transformer Engine is installed")
+def test_without_transformer_engine_the_only_refusal_names_the_package(outcomes):
+    rope = {**TOKENS_ONLY, "position_embedding_type": "rope"}
+    found = [*outcomes(ON_TE, more=[[], *FOR_TE]), *outcomes({**ON_TE, **rope}, {**rope, "cpu": None})]
+    for outcome in found:
+        said = by_name(outcome, ["--transformer-impl"])
+        assert "transformer_engine cannot be imported" in said
+        assert "scripts/environment.sh te" in said
+        assert "--transformer-impl local" in said
+
+
 def test_refusals_with_spans_leave_stock_encodings_alone(outcomes):
     stock = {**TOKENS_ONLY, "position_embedding_type": "rope", "normalization": "LayerNorm"}
     assert outcomes(stock, more=[["--apply-layernorm-1p"]])[0]["code"] == 0
 
 
-def test_every_refusal_is_tried_and_can_happen():
-    tried = {line[0] for entry in DOCUMENTS.values() for line in entry} | {line[0] for line in OTHERS + WITH_SPANS}
-    assert {entry.flag for entry in (*REFUSALS, *SPAN_REFUSALS)} <= tried
+def test_every_refusal_can_happen(outcomes):
+    plain = [*(line for entry in DOCUMENTS.values() for line in entry), *OTHERS, *WITH_SPANS]
+    said = [outcome["err"] for outcome in (*outcomes({"ckpt_format": None}, more=plain), *outcomes(ON_TE))]
+    for overrides, words, *_ in WITH_TE.values():
+        said += [outcome["err"] for outcome in outcomes({**ON_TE, **overrides}, more=[words])]
+    flags = {entry.flag for entry in (*REFUSALS, *SPAN_REFUSALS)}
+    never = {flag for flag in flags if not any(f"error: {flag} is not supported" in err for err in said)}
+    present = {
+        flag for flag in flags if flag.endswith("without Transformer Engine") and find_spec("transformer_engine")
+    }
+    assert never == present | (NOT_IN_MEGATRON & flags)
 
 
 def test_flags_become_settings(outcomes):

@@ -1,0 +1,1 @@
+"""The same arithmetic, fast: Triton kernels, each beside a plain reference."""

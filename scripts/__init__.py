@@ -1,0 +1,1 @@
+"""Commands around the package: set-up, training, tests, benchmarks."""

@@ -1,0 +1,205 @@
+"""Trainings on GPUs: the models, the layouts, and how far each may be from one GPU.
+
+bf16 rounds every activation, so two ways to compute one thing differ.  How far they may is read off the same model:
+one-GPU runs that differ only in how the batch is cut into micro-batches are apart by the spread, and a layout may be by
+twice that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import parity
+from tests.gpu import watching
+from tests.gpu.reporting import Report
+from tests.launch import TrainResult, train
+from tests.parity import Difference, Flags, Layout, difference
+from tests.tiny import tiny_flags
+
+needs_te = pytest.mark.skipif(find_spec("transformer_engine") is None, reason="needs Transformer Engine")
+
+STEPS = parity.STEPS
+TIMEOUT = 240.0
+TIMES_SPREAD = 2
+"""A layout may be this many spreads from one GPU."""
+
+CLEARLY = 10
+"""A fault exceeds what a layout may by this factor."""
+
+RESUMED = 3
+"""Steps before a checkpoint is taken, and after."""
+
+LOCAL: Flags = {"cpu": None, "transformer_impl": "local"}
+ON_TE: Flags = {
+    "cpu": None,
+    "transformer_impl": "transformer_engine",
+    "bf16": True,
+    # the fusion of Megatron's own output layer needs Apex
+    "no_gradient_accumulation_fusion": True,
+}
+
+MODEL: Flags = {
+    "num_layers": 4,
+    "hidden_size": 512,
+    "ffn_hidden_size": 1024,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "seq_length": 512,
+    "megacontext": True,
+    "mc_source_length": 2048,
+    "mc_block_size": 8,
+    "mc_variants": 2,
+    "mc_recent_tokens": 128,
+    "mc_horizon": 64,
+    "mc_level2_prob": 0.3,
+    "micro_batch_size": 4,
+    "global_batch_size": 16,
+    "lr": 3e-4,
+    "min_lr": 3e-5,
+    "lr_decay_iters": STEPS,
+    "adam_eps": 1e-5,
+    # logits of the size that the tiny model's strong weights give at its width
+    "init_method_std": 0.053,
+}
+"""Heads of 64 channels, which flash and cuDNN attention take, and groups that two ranks can share out."""
+
+LEVEL: Flags = {"gaussian_rope_learnable_sigma": "level"}
+HEAD: Flags = {"gaussian_rope_learnable_sigma": "head"}
+WINDOWS: Flags = {"window_size": "63,0", "window_attn_skip_freq": "[1,1,1,0]"}
+MOE: Flags = {
+    "num_experts": 4,
+    "moe_layer_freq": "([0]*1+[1]*3)",
+    "moe_ffn_hidden_size": 512,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "none",
+    "moe_router_dtype": "fp32",
+    "moe_grouped_gemm": True,
+    "moe_token_dispatcher_type": "alltoall",
+}
+
+FAMILIES = {
+    "te": MODEL | LEVEL | ON_TE,
+    "te, sigma by head": MODEL | HEAD | ON_TE,
+    "te, experts": MODEL | LEVEL | ON_TE | MOE,
+    "local bf16": MODEL | LEVEL | LOCAL | {"bf16": True},
+    "local fp32": parity.FAMILIES["dense"] | LOCAL,
+}
+"""Models that share a checkpoint."""
+
+ONE = Layout(name="one GPU", family="te")
+SPLITS = {"halved": 2, "doubled": 8}
+"""Other sizes of micro-batches that the spread is read off."""
+
+
+def one_gpu(name: str, family: str = "te", **flags: Any) -> Layout:
+    """Return a one-GPU run of a family with more flags."""
+    return Layout(name=name, family=family, flags=flags)
+
+
+class Matrix(parity.References):
+    """The checkpoints and runs of a session on GPUs, each made when it is first needed, and their report."""
+
+    def __init__(self, corpus: Path, folder: Path, report: Report) -> None:
+        """Take the data's path prefix, a folder for the runs, and where their figures go."""
+        super().__init__(corpus, folder, FAMILIES, watching.watch)
+        self._report = report
+        self._made: dict[str, TrainResult] = {}
+
+    def train(
+        self,
+        layout: Layout,
+        workdir: Path,
+        *,
+        steps: int = STEPS,
+        before: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> TrainResult:
+        """Train a layout from its family's checkpoint and check that it ended well; its figures are reported."""
+        start = {"load": self.checkpoint(layout.family), "finetune": True, "exit_on_missing_checkpoint": True}
+        values = {**FAMILIES[layout.family], **self.data(), **start, "train_iters": steps, **layout.flags}
+        hook = {"before": before or watching.watch, "before_kwargs": kwargs}
+        result = train(tiny_flags(strong=True, **values), layout.ranks, workdir=workdir, timeout=TIMEOUT, **hook)
+        self._report.run(layout, result)
+        result.check()
+        assert len(result.losses) == len(result.grad_norms) == steps
+        return result
+
+    def made(self, layout: Layout) -> TrainResult:
+        """Train a layout once a session, and return that run whenever it is asked for again."""
+        key = f"{layout.family}, {layout.name}"
+        if key not in self._made:
+            self._made[key] = self.train(layout, self._folder / key.replace(", ", "-").replace(" ", "-"))
+        return self._made[key]
+
+    def spread(self, one: Layout) -> Difference:
+        """Return how far a one-GPU run is from the same with smaller and with larger micro-batches, at most."""
+        found = [self._split(one, name, size) for name, size in SPLITS.items()]
+        return dataclasses.replace(
+            found[0], loss=max(each.loss for each in found), grad_norm=max(each.grad_norm for each in found)
+        )
+
+    def _split(self, one: Layout, name: str, size: int) -> Difference:
+        other = dataclasses.replace(
+            one, name=f"{one.name}, {name} micro-batches", flags={**one.flags, "micro_batch_size": size}
+        )
+        found = difference(self.made(other), self.made(one))
+        self._report.comparison(other, one, found)
+        assert found.loss > 0
+        assert found.grad_norm > 0
+        return found
+
+    def compared(  # type: ignore[override]
+        self, layout: Layout, one: Layout, workdir: Path, **options: Any
+    ) -> tuple[Difference, Difference, TrainResult]:
+        """Train a layout; return its difference from a one-GPU run, the spread, and the run."""
+        result, spread = self.train(layout, workdir, **options), self.spread(one)
+        found = difference(result, self.made(one))
+        self._report.comparison(layout, one, found, spread, TIMES_SPREAD)
+        return found, spread, result
+
+    def within(self, layout: Layout, one: Layout, workdir: Path, **options: Any) -> TrainResult:
+        """Train a layout and assert that its losses and gradient norms are within what it may be from one GPU."""
+        found, spread, result = self.compared(layout, one, workdir, **options)
+        assert found.loss <= TIMES_SPREAD * spread.loss, (found, spread)
+        assert found.grad_norm <= TIMES_SPREAD * spread.grad_norm, (found, spread)
+        return result
+
+    def resumed(self, name: str, ranks: int, workdir: Path, **flags: Any) -> tuple[TrainResult, TrainResult]:
+        """Train with a checkpoint in the middle; return that run's second half and the same steps resumed from there.
+
+        Every kernel sums in one order.
+        """
+        save = {"save": workdir / "checkpoints", "save_interval": RESUMED, "train_iters": 2 * RESUMED}
+        base = {**FAMILIES["te"], **self.data(), "deterministic_mode": True, **flags}
+        runs = {"through": save, "resumed": {"load": save["save"], "ckpt_step": RESUMED, "train_iters": 2 * RESUMED}}
+        found = []
+        for part, more in runs.items():
+            result = train(tiny_flags(**{**base, **more}), ranks, workdir=workdir / part, timeout=TIMEOUT)
+            self._report.run(Layout(name=f"{name}, {part}", ranks=ranks, family="te"), result)
+            found.append(result.check())
+        return found[0], found[1]
+
+    def note(self, text: str) -> None:
+        """Put a sentence into the report."""
+        self._report.note(text)
+
+
+def steps_of(result: TrainResult) -> list[tuple[float, float]]:
+    """Return the loss and the gradient norm of every step, fp32: what two runs without a differing bit share."""
+    return list(zip(result.losses, result.grad_norms, strict=True))
+
+
+def attention_of(result: TrainResult) -> set[str]:
+    """Return the names of the attention that Transformer Engine chose on the ranks of a run."""
+    return {seen["attention"] for seen in result.values}
+
+
+def rotary_of(result: TrainResult) -> str:
+    """Return the line that the layer table of a run has for layer 1."""
+    return next(line for line in result.log.splitlines() if line.startswith("> 1 | "))

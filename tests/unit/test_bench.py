@@ -1,0 +1,550 @@
+"""The benchmarks' own logic: gates that catch wrong kernels, ratios and targets, bytes, JSON, figure, command line."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megacontext_megatron.kernels import reference
+from scripts import bench
+from scripts.benchmarks import (
+    figure,
+    layer_step,
+    oracle,
+    peers,
+    precision,
+    report,
+    results,
+    rotary_backward,
+    rotary_forward,
+    split_norm,
+    training,
+)
+from scripts.benchmarks.gate import GateFailed, require, sum_error, vector_error
+from scripts.benchmarks.inputs import SHAPES, Inputs, Shape
+from scripts.benchmarks.options import Options
+from scripts.benchmarks.ours import EPS, Rotary
+from scripts.benchmarks.results import Check, Comparison, GroupResult, Reading, Row, at_least, at_most
+from tests.launch import call
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+SMALL = Inputs(shape=Shape(rows=24, batch=2, query_heads=4, groups=2, head_dim=16), device=CPU)
+REFERENCE = Rotary.reference()
+Q_K, POSITIONS, PER_GROUP = rotary_backward.MODES
+
+ROW = Row(
+    case="4096x4",
+    readings=(
+        Reading(name="copy of q and k", rounds=(87.0, 88.0, 86.0), host=9.0),
+        Reading(name="ours", rounds=(87.0, 86.0, 90.0), host=40.0),
+        Reading(name="Liger", absent="ModuleNotFoundError: No module named 'liger_kernel'"),
+    ),
+    comparisons=(
+        Comparison(over="ours", under="copy of q and k", target=at_most(1.03)),
+        Comparison(over="ours", under=results.FLOOR),
+        Comparison(over="copy of q and k", under="ours", target=at_least(1.75)),
+        Comparison(over="Liger", under="ours", target=at_least(1.0)),
+    ),
+    floor_bytes=2 * SHAPES[1].qk_bytes,
+)
+PRECISION = tuple(
+    Row(
+        case=f"centres near {size:.3g}",
+        readings=(Reading(name="ours", rounds=(2e-7,)), Reading(name="Megatron-Core", rounds=(min(2.0, size * 3e-8),))),
+        comparisons=(Comparison(over="ours", target=at_most(1e-6)),),
+        unit="max |error|",
+    )
+    for size in (1e3, 1e6, 1e9)
+)
+GROUPS = (
+    GroupResult(
+        group="A", title="rotary", rows=(ROW,), checks=(Check(name="q", error=1e-3, tolerance=4e-3),), seconds=1.5
+    ),
+    GroupResult(group="G", title="precision", rows=PRECISION),
+    GroupResult(group="C", title="norm", checks=(Check(name="k", error=math.inf, tolerance=4e-3),), stopped="wrong"),
+)
+MACHINE = {"gpus": ["NVIDIA H200"], "torch": "2.11.0", "transformer-engine": None}
+
+
+# ratios and targets
+
+
+def test_ratios_are_of_medians_and_spread_over_rounds():
+    copy, floor, over, absent = ROW.ratios()
+    assert copy.value == 1.0
+    assert (copy.low, copy.high) == (86.0 / 88.0, 90.0 / 86.0)
+    assert floor.value == pytest.approx(87.0 / 78.03, rel=1e-3)
+    assert over.value == 1.0
+    assert math.isnan(absent.value)
+    assert [r.verdict for r in (copy, floor, over, absent)] == ["pass", "", "miss", "absent"]
+
+
+@pytest.mark.parametrize(
+    ("target", "met", "missed"),
+    [(at_most(1.03), 1.03, 1.0301), (at_least(0.97), 0.97, 0.9699), (at_most(1), 0, math.nan)],
+)
+def test_targets_include_their_bound_and_exclude_nan(target, met, missed):
+    assert target.met(met)
+    assert not target.met(missed)
+
+
+def test_a_comparison_without_a_divisor_is_the_value():
+    (ratio,) = PRECISION[0].ratios()
+    assert ratio.comparison.name == "ours"
+    assert ratio.value == 2e-7
+    assert ratio.verdict == "pass"
+
+
+# bytes
+
+
+def test_bytes_are_those_of_the_design():
+    assert [round(shape.qk_bytes / 1e6, 1) for shape in SHAPES] == [41.9, 167.8, 335.5]
+    floors = [[results.floor_microseconds(n * shape.qk_bytes) for shape in SHAPES] for n in (2, 3)]
+    assert floors[0] == pytest.approx([19.5, 78.0, 156.0], rel=2e-3)
+    assert floors[1] == pytest.approx([29.3, 117.0, 234.0], rel=2e-3)
+
+
+def test_floors_count_every_tensor_once():
+    heads = {name: t.numel() * 2 for name, t in {"q": SMALL.query, "k": SMALL.key, "mixed": SMALL.mixed}.items()}
+    n = heads["q"] + heads["k"]
+    turns = rotary_forward.Turns.present()
+    assert rotary_forward.case(REFERENCE, SMALL, turns).floor_bytes == 2 * n
+    for mode, alone, passes in [(Q_K, True, 2), (Q_K, False, 4), (POSITIONS, True, 3), (PER_GROUP, False, 5)]:
+        race = rotary_backward.Race(REFERENCE, SMALL, mode, alone=alone)
+        assert rotary_backward.case(race, turns, peers.learned_rotation).floor_bytes == passes * n
+    floors = [split_norm.case(REFERENCE, SMALL, split_norm.plain, backward=b).floor_bytes for b in (False, True)]
+    assert floors == [2 * heads["mixed"], 4 * heads["mixed"] + n]
+
+
+# gates
+
+
+def gates(rotary):
+    """Return the checks of groups A, B and C by name."""
+    checks = rotary_forward.gate(rotary, SMALL) + split_norm.gate(rotary, SMALL)
+    for mode in rotary_backward.MODES:
+        checks += rotary_backward.gate(rotary, SMALL, mode)
+    assert len({check.name for check in checks}) == len(checks)
+    return {check.name: check for check in checks}
+
+
+def test_gates_pass_the_reference():
+    checks = gates(REFERENCE)
+    require(list(checks.values()))
+    assert len(checks) == 28
+    gradients = {name.rsplit(" d ")[1] for name in checks if " d " in name}
+    assert gradients == {"query", "key", "omega", "sigma", "offset", "mixed", "query_weight", "key_weight"}
+
+
+def other_places(**changes):
+    """Return the reference on places that are changed first."""
+
+    def changed(places):
+        return dataclasses.replace(places, **{name: change(places) for name, change in changes.items()})
+
+    return SimpleNamespace(
+        span_rotary=lambda q, k, places, *rest: reference.span_rotary(q, k, changed(places), *rest),
+        split_span_rotary=lambda mixed, width, places, *rest, **norm: reference.split_span_rotary(
+            mixed, width, changed(places), *rest, **norm
+        ),
+    )
+
+
+def other_outputs(change):
+    """Return the reference with its outputs changed."""
+    return SimpleNamespace(
+        span_rotary=lambda *given: change(*reference.span_rotary(*given)),
+        split_span_rotary=lambda *given, **norm: change(*reference.split_span_rotary(*given, **norm)),
+    )
+
+
+def scaled_gradient(x, factor):
+    return x * factor + (1 - factor) * x.detach()
+
+
+def last_row_again(query, key, *rest):
+    return torch.cat([query[:-1], query[-2:-1]]), key, *rest
+
+
+WRONG = {
+    "centres in fp32": (other_places(doubled_centre=lambda p: p.doubled_centre.float().long()), "query"),
+    "half a token off": (other_places(doubled_centre=lambda p: p.doubled_centre + 1), "key"),
+    "no damping": (other_places(sigma=lambda p: None if p.offset is None else 0 * p.sigma), "query"),
+    "sigma in half precision": (other_places(sigma=lambda p: p.sigma.to(torch.float8_e4m3fn).float()), "query"),
+    "anchor left out": (other_places(anchor=lambda p: torch.zeros_like(p.anchor)), "d omega"),
+    "half of the gradient of sigma": (other_places(sigma=lambda p: scaled_gradient(p.sigma, 0.5)), "d sigma"),
+    "offset without effect": (other_places(offset=lambda p: None if p.offset is None else 0 * p.offset), "d offset"),
+    "other pairs": (other_outputs(lambda q, k, *v: (q.flip(-1), k, *v)), "query"),
+    "keys' heads swapped": (other_outputs(lambda q, k, *v: (q, k.flip(2), *v)), "key"),
+    "values' heads swapped": (other_outputs(lambda q, k, *v: (q, k, *(t.flip(2) for t in v))), "value"),
+    "one row wrong": (other_outputs(last_row_again), "query"),
+    "gradient of keys scaled": (other_outputs(lambda q, k, *v: (q, scaled_gradient(k, 1.02), *v)), "d key"),
+    "not a number": (other_outputs(lambda q, k, *v: (q, k * math.nan, *v)), "key"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_gates_catch_what_is_wrong(name):
+    module, where = WRONG[name]
+    checks = gates(Rotary(module=module))
+    failed = {found.rsplit(": ")[1] for found, check in checks.items() if not check.passed}
+    assert where in failed
+    with pytest.raises(GateFailed, match=where):
+        require(list(checks.values()))
+
+
+def test_a_gate_that_compares_nothing_fails():
+    with pytest.raises(GateFailed, match="nothing was compared"):
+        require([])
+
+
+def test_errors_are_relative_and_never_hide_a_shape():
+    expected = torch.tensor([[3.0, 4.0], [0.0, 1e-9]], dtype=torch.float64)
+    assert vector_error(expected * 1.01, expected) == pytest.approx(0.01)
+    assert sum_error(expected + 1.0, expected) == pytest.approx(1.0 / 2.5)
+    assert vector_error(expected[:1], expected) == math.inf
+    assert sum_error(expected[0], expected) == math.inf
+
+
+def test_a_failed_gate_stops_its_group():
+    def run(found):
+        found.require([Check(name="key", error=0.001, tolerance=0.004)])
+        found.rows.append(ROW)
+        found.require([Check(name="query", error=0.5, tolerance=0.004)])
+        found.rows.append(ROW)
+
+    found = bench.run_group("A", "rotary", run)
+    assert found.stopped == "wrong results, query: 5.00e-01 > 4.00e-03"
+    assert [check.error for check in found.checks] == [0.001, 0.5]
+    assert found.rows == (ROW,)
+
+
+def test_an_error_stops_its_group_and_is_named(capsys):
+    found = bench.run_group("B", "rotary", lambda found: found.rows.append(1 / 0))
+    assert found.stopped == "ZeroDivisionError: division by zero"
+    assert "STOPPED: ZeroDivisionError" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is there")
+def test_what_cannot_run_is_absent_and_no_error(capsys):
+    found = bench.run_group("J", "layer", partial(layer_step.run, Options()))
+    assert not found.stopped
+    assert found.notes == ("Absent: ModuleNotFoundError: No module named 'transformer_engine'",)
+    assert "Absent: " in capsys.readouterr().out
+
+
+# the oracle and the peers do the same job
+
+
+def test_the_oracle_does_not_depend_on_its_chunks(monkeypatch):
+    mode = POSITIONS
+    given = rotary_backward.given_of(SMALL, mode)
+    upstream = {"query": SMALL.upstream[0], "key": SMALL.upstream[1]}
+    whole = oracle.outputs_and_gradients(oracle.span_rotary, given, upstream, mode.wanted)
+    monkeypatch.setattr(oracle, "CHUNK", 7)
+    parts = oracle.outputs_and_gradients(oracle.span_rotary, given, upstream, mode.wanted)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-12, atol=1e-9)
+
+
+@pytest.fixture
+def at_slots():
+    """What the oracle is given for places 0, 1, 2, ... without spread."""
+    rows, batch = SMALL.shape.rows, SMALL.shape.batch
+    slots = 2 * torch.arange(rows).unsqueeze(1).expand(rows, batch)
+    weights = dict(zip(("query_weight", "key_weight"), SMALL.norm_weights, strict=True))
+    heads = {"query": SMALL.query, "key": SMALL.key, "mixed": SMALL.mixed, **weights}
+    return {
+        **heads,
+        "omega": SMALL.omega(per_group=False),
+        "doubled_centre": slots,
+        "anchor": torch.zeros(batch).long(),
+    }
+
+
+def test_peers_rotate_as_the_oracle_does(at_slots):
+    table = peers.angles(SMALL.frequencies.omega, SMALL.shape.rows)
+    places = at_slots["doubled_centre"] / 2
+    rotations = {
+        "Megatron": partial(peers.megatron(), SMALL.query.float(), SMALL.key.float(), table),
+        "eager": partial(peers.learned_rotation, SMALL.query.float(), SMALL.key.float(), places, at_slots["omega"]),
+    }
+    expected = oracle.span_rotary(at_slots)
+    for name, rotation in rotations.items():
+        for found, wanted in zip(rotation(), (expected["query"], expected["key"]), strict=True):
+            assert vector_error(found, wanted) < 1e-5, name
+
+
+def test_the_eager_peer_damps_by_frequencies_of_its_heads():
+    given = rotary_backward.given_of(SMALL, PER_GROUP)
+    places = (given["doubled_centre"] - given["anchor"]) / 2 + given["offset"]
+    found = peers.learned_rotation(given["query"].float(), given["key"].float(), places, given["omega"], given["sigma"])
+    near = {**given, "doubled_centre": given["doubled_centre"] - given["anchor"], "anchor": 0 * given["anchor"]}
+    expected = oracle.span_rotary(near)
+    assert vector_error(found[0], expected["query"]) < 1e-3
+    assert vector_error(found[1], expected["key"]) < 1e-3
+
+
+def test_the_separate_passes_do_what_one_pass_does(at_slots):
+    table = peers.angles(SMALL.frequencies.omega, SMALL.shape.rows)
+    mixed, query_weight, key_weight = (at_slots[name].float() for name in split_norm.WANTED)
+    found = split_norm.plain(mixed, query_weight, key_weight, table, peers.megatron())
+    expected = oracle.split_norm_rotary(at_slots, EPS)
+    for name, value in zip(split_norm.NAMES, found, strict=True):
+        assert vector_error(value, expected[name]) < 1e-5, name
+
+
+def test_liger_reads_its_own_layout_without_a_copy():
+    x = peers.liger_layout(SMALL.query)
+    assert x.transpose(1, 2).is_contiguous()
+    assert torch.equal(x.permute(2, 0, 1, 3), SMALL.query)
+
+
+def test_absent_peers_are_named():
+    with pytest.raises(peers.Absent, match="no_such_peer"):
+        peers.found(lambda: importlib.import_module("no_such_peer"))
+    contender = rotary_forward.Turns({"TE": "ImportError: gone"}).contender("TE", SMALL.query)
+    assert contender.call is None
+    assert contender.absent == "ImportError: gone"
+
+
+# precision
+
+
+def test_precision_passes_the_reference_and_fails_fp32_angles():
+    row = precision.row(REFERENCE, 1e9, CPU, count=2)
+    require(precision.as_checks(row))
+    assert row.reading(precision.MEGATRON).value > 0.1
+    fp32 = Rotary(module=WRONG["centres in fp32"][0])
+    with pytest.raises(GateFailed):
+        require(precision.as_checks(precision.row(fp32, 2.0**51, CPU, count=2)))
+
+
+def test_true_waves_know_known_values():
+    waves = precision.true_waves([0, 1, 2**52], torch.tensor([1.0, 2.0**-10]))
+    assert waves[0].tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    assert waves[1, 1, 0].item() == math.sin(0.5)
+    # 2^51 2^-10 = 2^41 is exact in float64, where libm reduces it correctly
+    assert waves[2, 0, 1].item() == pytest.approx(math.cos(2.0**41), abs=1e-15)
+
+
+# what is kept
+
+
+def test_json_holds_everything_and_no_nan():
+    document = as_loaded()
+    assert document["schema"] == results.SCHEMA
+    assert document["machine"] == MACHINE
+    first, _, stopped = document["groups"]
+    (row,) = first["rows"]
+    assert [set(reading) for reading in row["readings"]] == [
+        {"name", "median", "low", "high", "rounds", "host_us", "absent"}
+    ] * 3
+    assert row["readings"][1] == {
+        "name": "ours",
+        "median": 87.0,
+        "low": 86.0,
+        "high": 90.0,
+        "rounds": [87.0, 86.0, 90.0],
+        "host_us": 40.0,
+        "absent": "",
+    }
+    assert row["readings"][2]["median"] is None
+    assert [(r["target"], r["verdict"]) for r in row["ratios"]] == [
+        ("<= 1.03", "pass"),
+        ("", ""),
+        (">= 1.75", "miss"),
+        (">= 1", "absent"),
+    ]
+    assert first["checks"] == [{"name": "q", "error": 1e-3, "tolerance": 4e-3, "passed": True}]
+    assert stopped["stopped"] == "wrong"
+    assert stopped["checks"][0]["error"] is None
+    assert not stopped["checks"][0]["passed"]
+
+
+def as_loaded():
+    """Return the recorded groups as they come back from a file."""
+    return json.loads(json.dumps(results.as_json(MACHINE, GROUPS), allow_nan=False))
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_figure_is_drawn_from_json(tmp_path, ending):
+    path = tmp_path / f"bench.{ending}"
+    figure.draw(as_loaded(), path)
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG" if ending == "png" else b"<?xml")
+    assert len(content) > 5000
+
+
+def test_rotary_groups_show_their_last_shape():
+    cases = ["4096x1", "4096x4, forward", "4096x4, backward: q, k"]
+    group = {"group": "B", "title": "rotary", "rows": [{"case": case} for case in cases]}
+    shown = figure._last_shape(group)
+    assert shown["title"] == "rotary, 4096x4"
+    assert [row["case"] for row in shown["rows"]] == ["forward", "backward: q, k"]
+    assert figure._last_shape({**group, "group": "J"})["rows"] == group["rows"]
+
+
+def test_there_is_no_figure_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        figure.draw(results.as_json(MACHINE, GROUPS[2:]), tmp_path / "bench.png")
+    bench.keep(dict(MACHINE), GROUPS[2:], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_printed_tables_say_what_missed():
+    lines = list(report.group_lines(GROUPS[0]))
+    assert any("1 of 1 passed" in line for line in lines)
+    assert sum("| MISS |" in line for line in lines) == 1
+    assert any(line.startswith("| 4096x4 | Liger | absent | ModuleNotFoundError") for line in lines)
+    assert any("STOPPED: wrong" in line for line in report.group_lines(GROUPS[2]))
+    widths = {line.count("|") for line in lines if line.startswith("|")}
+    assert widths == {7}
+
+
+# training
+
+
+LOG = """
+ [2026-11-22 12:05:49.364700] iteration        5/      40 | consumed samples:           40 | elapsed time per iteration (ms): 1210.5 | learning rate: 3.25E-05 |
+ megacontext iteration        5 | mc/lod_loss/0: 10.3886
+ [2026-11-22 12:05:52.364700] iteration       10/      40 | consumed samples:           80 | elapsed time per iteration (ms): 610.0 | learning rate: 3.25E-05 |
+ [2026-11-22 12:05:55.364700] iteration       15/      40 | consumed samples:          120 | elapsed time per iteration (ms): 600.0 | learning rate: 3.25E-05 |
+"""  # noqa: E501  (lines as Megatron logs them)
+
+
+def test_steps_are_read_from_the_log_and_warm_up_is_left_out():
+    steps = training.parsed(LOG)
+    assert steps == [(5, 1.2105), (10, 0.61), (15, 0.6)]
+    assert training.after(steps, training.Workload()) == [0.6]
+    with pytest.raises(ValueError, match="step 10"):
+        training.after(steps[:2], training.Workload())
+
+
+@pytest.mark.parametrize("layout", [training.ONE, *training.TWO])
+def test_arms_differ_only_in_positions_and_contexts(layout):
+    work = training.Workload()
+    plain, ours = (training.flags(work, layout, arm, Path("data")) for arm in (training.PLAIN, results.OURS))
+    extra = [word for word in ours if word not in plain and word.startswith("--")]
+    assert all((word.startswith("--m") and "mc" in word) or word == "--megacontext" for word in extra)
+    assert plain[: plain.index("--position-embedding-type") + 1] == ours[: ours.index("--position-embedding-type") + 1]
+    assert training.layouts(1) == (training.ONE,)
+    assert training.layouts(8) == training.TWO
+
+
+@pytest.mark.full
+def test_training_measures_the_real_command(tmp_path):
+    model = {
+        name: value
+        for name, value in training.MODEL.items()
+        if name not in {"transformer_impl", "bf16", "use_distributed_optimizer", "no_gradient_accumulation_fusion"}
+    }
+    model |= {"cpu": True, "num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_size": 320}
+    model |= {"num_attention_heads": 2, "num_query_groups": 1, "kv_channels": 16, "null_tokenizer_eod_id": 319}
+    work = training.Workload(
+        rows=128, source=1024, recent=64, global_batch=2, steps=4, interval=2, warm_up=2, model=model
+    )
+    data = training.write_data(tmp_path, work)
+    assert training.write_data(tmp_path, work) == data
+    steps = training.train(training.flags(work, training.ONE, results.OURS, data), 1, tmp_path / "run.log")
+    assert [iteration for iteration, _ in steps][-2:] == [2, 4]
+    assert all(seconds > 0 for _, seconds in steps)
+    with pytest.raises(RuntimeError, match="--mc-source-length 1000 must be a multiple"):
+        training.train(
+            training.flags(dataclasses.replace(work, source=1000), training.ONE, results.OURS, data),
+            1,
+            tmp_path / "refused.log",
+        )
+
+
+# one layer
+
+
+def layer_gate() -> list[tuple[str, bool]]:
+    """Build small layers without a GPU, check them as group J does, and run each contender's step."""
+    from megacontext_megatron import cpu
+
+    cpu.install()
+    size = layer_step.Size(
+        hidden=128, ffn=256, query_heads=4, groups=2, impl="local", dtype=torch.float32, device="cpu"
+    )
+    checks = []
+    with cpu.pretended_device(), layer_step.one_rank("gloo"):
+        for qk_norm in (False, True):
+            layers = layer_step.Layers.built(size, qk_norm=qk_norm, learned=True)
+            checks += layer_step.gate(layers, rows=192)
+            for contender in layer_step.case(layers, Shape(rows=64, batch=1), qk_norm).contenders:
+                assert contender.call is not None
+                contender.call()
+            learned = layers.layers[layer_step.LEARNED]
+            (gradient,) = (p.grad for name, p in learned.named_parameters() if name.endswith("log_scale"))
+            assert gradient is not None
+            checks.append(Check(name="d sigma", error=0.0, tolerance=float(gradient.norm()) - 1e-12))
+    return [(check.name, check.passed) for check in checks]
+
+
+def test_layers_agree_where_they_must(tmp_path):
+    (found,) = call(layer_gate, workdir=tmp_path).check().values
+    assert len(found) == 10
+    assert all(passed for _, passed in found), found
+
+
+# the command line
+
+
+def command(*words, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "bench.py"), *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        cwd="/",
+        timeout=60,
+    )
+
+
+def test_without_a_gpu_one_sentence_says_so(tmp_path):
+    run = command("--out", str(tmp_path / "out"))
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == "scripts/bench.py needs a GPU that PyTorch can use, and there is none."
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_list_need_no_gpu():
+    for word in ("--help", "--list"):
+        run = command(word)
+        assert run.returncode == 0, run.stderr
+    assert [line.split()[0] for line in run.stdout.splitlines()] == list(bench.GROUPS)
+
+
+def test_a_figure_can_be_drawn_again(tmp_path):
+    (tmp_path / "first").mkdir()
+    bench.keep(dict(MACHINE), GROUPS, tmp_path / "first")
+    run = command("--draw", str(tmp_path / "first" / "bench.json"), "--out", str(tmp_path / "second"))
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "second" / "bench.png").read_bytes() == (tmp_path / "first" / "bench.png").read_bytes()
+
+
+def test_groups_are_letters():
+    assert bench.groups_of("a,G,a") == ("A", "G")
+    for text in ("X", "A,X", ""):
+        with pytest.raises(SystemExit):
+            bench.parser().parse_args(["--groups", text])
+
+
+def test_every_group_has_a_module():
+    for letter, (name, _) in bench.GROUPS.items():
+        module = importlib.import_module(f"scripts.benchmarks.{name}")
+        assert module.TITLE, letter
+        assert callable(module.run)
