@@ -20,10 +20,10 @@ from megacontext_megatron.kernels.rotary_device import (
     copy_heads,
     damping,
     inverse_rms,
+    load_of_row,
     load_pairs,
     load_rest,
     load_weight,
-    place_of,
     row_angles,
     store_pairs,
 )
@@ -182,8 +182,19 @@ def backward_kernel(
     rest = tl.arange(0, BLOCK_REST)[None, :]
     lane = tl.arange(0, ROWS * HEADS)[:, None]
     own_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row = tl.program_id(0).to(tl.int64) * ROWS + lane // HEADS
-    live = row < rows
+    number = tl.program_id(0) * ROWS + lane // HEADS
+    live = number < rows
+    doubled = load_of_row(doubled_centre, number, live, batch, centre_s, centre_b).to(tl.int64)
+    moved = tl.zeros([ROWS * HEADS, 1], tl.float32)
+    if HAS_OFFSET:
+        moved = load_of_row(offset, number, live, batch, offset_s, offset_b).to(tl.float32)
+    distance = moved
+    if GRAD_OMEGA:
+        near = doubled
+        if HAS_ANCHOR:
+            near -= tl.load(anchor + number % batch)
+        distance += near.to(tl.float32) * 0.5
+    row = number.to(tl.int64)
     query_first = tl.zeros([ROWS * HEADS, BLOCK_R], tl.float32)
     query_second = tl.zeros([ROWS * HEADS, BLOCK_R], tl.float32)
     query_rest = tl.zeros([ROWS * HEADS, BLOCK_REST], tl.float32)
@@ -195,15 +206,12 @@ def backward_kernel(
     for group in tl.range(0, GROUPS):
         frequency_group = group if FREQUENCY_GROUPS > 1 else 0
         rate = tl.load(omega + frequency_group * R + pair, mask=pair < R, other=0.0)
-        cos, sin, doubled, moved = row_angles(
-            row, live, batch, doubled_centre, centre_s, centre_b, offset, offset_s, offset_b,
-            words, frequency_group, rate, pair, R, FREQUENCY_GROUPS, HAS_OFFSET,
-        )  # fmt: skip
+        cos, sin = row_angles(doubled, moved, words, frequency_group, rate, pair, R, FREQUENCY_GROUPS, HAS_OFFSET)
         key_cos, key_sin = cos, sin
         spread = tl.zeros([ROWS * HEADS, 1], tl.float32)
         if SIGMA_GROUPS > 0:
-            spread_at = sigma + place_of(row, batch, sigma_s, sigma_b) + (group * sigma_g if SIGMA_GROUPS > 1 else 0)
-            spread = tl.load(spread_at, mask=live, other=0.0).to(tl.float32)
+            spreads = sigma + (group * sigma_g if SIGMA_GROUPS > 1 else 0)
+            spread = load_of_row(spreads, number, live, batch, sigma_s, sigma_b).to(tl.float32)
             damp = damping(spread, rate)
             key_cos, key_sin = cos * damp, sin * damp
             if DAMP_QUERY:
@@ -242,9 +250,7 @@ def backward_kernel(
             if COPY_VALUE:
                 copy_heads(value_grad + dense, value_out + row * value_row + head * value_group, inside, HN, BLOCK_HN)
         if GRAD_OMEGA:
-            if HAS_ANCHOR:
-                doubled -= tl.load(anchor + row % batch)
-            omega_sum = (doubled.to(tl.float32) * 0.5 + moved) * turns
+            omega_sum = distance * turns
             if SIGMA_GROUPS > 0:
                 omega_sum -= (rate * spread * spread) * shrinks
             target = omega_partial + (tl.program_id(0) * GROUPS + group) * R + pair

@@ -128,36 +128,17 @@ def damping(spread, rate):
 
 
 @triton.jit
-def place_of(row, batch, stride_s, stride_b):
-    """Return where row number s b + i of sequence i lies in a tensor of [s, b, ...]."""
-    return (row // batch) * stride_s + (row % batch) * stride_b
+def load_of_row(tensor, row, live, batch, stride_s, stride_b):
+    """Return the element of a [s, b] tensor for row number s b + i of sequence i; 0 beyond the last row."""
+    return tl.load(tensor + (row // batch) * stride_s + (row % batch) * stride_b, mask=live, other=0)
 
 
 @triton.jit
 def row_angles(
-    row,
-    live,
-    batch,
-    doubled_centre,
-    centre_s,
-    centre_b,
-    offset,
-    offset_s,
-    offset_b,
-    words,
-    group,
-    rate,
-    pair,
-    R: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
+    doubled, moved, words, group, rate, pair, R: tl.constexpr, GROUPS: tl.constexpr, HAS_OFFSET: tl.constexpr
 ):
-    """Return cosine and sine of rows' rotations, fp32 [lanes, BLOCK_R], doubled centres and offsets [lanes, 1]."""
-    doubled = tl.load(doubled_centre + place_of(row, batch, centre_s, centre_b), mask=live, other=0).to(tl.int64)
+    """Return cosine and sine, fp32 [lanes, BLOCK_R], of rows with doubled centres int64 and offsets fp32 [lanes, 1]."""
     phase = row_phase(doubled, words, group, pair, R, GROUPS)
-    moved = tl.zeros(row.shape, tl.float32)
     if HAS_OFFSET:
-        moved = tl.load(offset + place_of(row, batch, offset_s, offset_b), mask=live, other=0.0).to(tl.float32)
         phase = turned_by(phase, moved * rate * 0.15915494309189535)
-    cos, sin = cos_sin(phase)
-    return cos, sin, doubled, moved
+    return cos_sin(phase)

@@ -16,10 +16,10 @@ from megacontext_megatron.kernels.rotary_device import (
     copy_heads,
     damping,
     inverse_rms,
+    load_of_row,
     load_pairs,
     load_rest,
     load_weight,
-    place_of,
     row_angles,
     store_pairs,
 )
@@ -121,19 +121,21 @@ def forward_kernel(
     pair = tl.arange(0, BLOCK_R)[None, :]
     rest = tl.arange(0, BLOCK_REST)[None, :]
     lane = tl.arange(0, ROWS * HEADS)[:, None]
-    row = tl.program_id(0).to(tl.int64) * ROWS + lane // HEADS
-    live = row < rows
+    number = tl.program_id(0) * ROWS + lane // HEADS
+    live = number < rows
+    doubled = load_of_row(doubled_centre, number, live, batch, centre_s, centre_b).to(tl.int64)
+    moved = tl.zeros([ROWS * HEADS, 1], tl.float32)
+    if HAS_OFFSET:
+        moved = load_of_row(offset, number, live, batch, offset_s, offset_b).to(tl.float32)
+    row = number.to(tl.int64)
     for group in tl.range(0, GROUPS):
         frequency_group = group if FREQUENCY_GROUPS > 1 else 0
         rate = tl.load(omega + frequency_group * R + pair, mask=pair < R, other=0.0)
-        cos, sin, _, _ = row_angles(
-            row, live, batch, doubled_centre, centre_s, centre_b, offset, offset_s, offset_b,
-            words, frequency_group, rate, pair, R, FREQUENCY_GROUPS, HAS_OFFSET,
-        )  # fmt: skip
+        cos, sin = row_angles(doubled, moved, words, frequency_group, rate, pair, R, FREQUENCY_GROUPS, HAS_OFFSET)
         key_cos, key_sin = cos, sin
         if SIGMA_GROUPS > 0:
-            spread_at = sigma + place_of(row, batch, sigma_s, sigma_b) + (group * sigma_g if SIGMA_GROUPS > 1 else 0)
-            damp = damping(tl.load(spread_at, mask=live, other=0.0).to(tl.float32), rate)
+            spreads = sigma + (group * sigma_g if SIGMA_GROUPS > 1 else 0)
+            damp = damping(load_of_row(spreads, number, live, batch, sigma_s, sigma_b).to(tl.float32), rate)
             key_cos, key_sin = cos * damp, sin * damp
             if DAMP_QUERY:
                 cos, sin = key_cos, key_sin
