@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 from megacontext_megatron.config import RotaryConfig
 from megacontext_megatron.kernels import reference, rotary
@@ -220,7 +220,7 @@ class Bounds:
     @staticmethod
     def _half(dtype: torch.dtype) -> float:
         # Triton's interpreter cuts bfloat16 off instead of rounding it.
-        cut = dtype == torch.bfloat16 and triton.knobs.runtime.interpret
+        cut = dtype == torch.bfloat16 and knobs.runtime.interpret
         return torch.finfo(dtype).eps / (1 if cut else 2)
 
     def stored_in(self, x: Tensor) -> float:

@@ -70,7 +70,7 @@ class Workload:
     """What both arms train on: rows in a context, contexts in a step, and tokens behind a mixed context."""
 
     rows: int = 4096
-    source: int = 32768
+    source: int = 16384
     recent: int = 512
     micro_batch: int = 2
     global_batch: int = 8

@@ -257,6 +257,7 @@ def test_references_gradient_of_frequencies_is_that_of_the_definition():
 def test_second_derivatives_are_refused():
     case = Case(sigma=1)
     leaves = given_of(case)
+    assert leaves.query is not None
     query, _ = call(rotary, case, leaves)
     (slope,) = torch.autograd.grad(query.square().sum(), leaves.query, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -332,11 +333,12 @@ def test_no_rows_give_no_rows():
 def test_what_does_not_fit_is_refused():
     case = Case(np=8, ng=4, hn=16)
     leaves = given_of(case)
-    assert leaves.query is not None
-    assert leaves.key is not None
+    query, key = leaves.query, leaves.key
+    assert query is not None
+    assert key is not None
     places, table = leaves.places(), leaves.table()
 
-    def rotate(query=leaves.query, key=leaves.key, places=places, table=table):
+    def rotate(query=query, key=key, places=places, table=table):
         return rotary.span_rotary(query, key, places, table, RotaryOptions())
 
     rotate()
@@ -352,7 +354,7 @@ def test_what_does_not_fit_is_refused():
         "rows": lambda: rotate(places=RowPlaces(doubled_centre=leaves.centre.mT)),
         "rotary pairs": lambda: rotate(table=RotaryTable.learned(torch.ones(1, 9))),
         "0 rotary pairs": lambda: rotate(table=RotaryTable.learned(torch.ones(1, 0))),
-        "bfloat16": lambda: rotate(key=leaves.key.bfloat16()),
+        "bfloat16": lambda: rotate(key=key.bfloat16()),
     }
     for message, asked in wrong.items():
         with pytest.raises(ValueError, match=message):
