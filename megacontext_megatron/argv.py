@@ -78,8 +78,8 @@ def normalised(argv: Sequence[str]) -> list[str]:
     """Return a command line that every one of Megatron's parsers accepts; the same for a line already normalised.
 
     Our encodings become `rope` with the real name kept in `--mc-encoding`; `--cpu`, `--transformer-impl local` and the
-    absence of NVIDIA Apex bring the flags they need.  Raises ConfigError for an unknown encoding, and for `--yaml-cfg`, which Megatron
-    reads while it parses.
+    absence of NVIDIA Apex bring the flags they need.  Raises ConfigError for an unknown encoding, and for
+    `--yaml-cfg`, which Megatron reads while it parses.
     """
     words = list(argv)
     if value_of(words, YAML_FLAG) is not None:

@@ -80,3 +80,19 @@ def routing() -> Callable[[], dict[str, Any]]:
 
     TopKRouter.routing = record
     return lambda: seen
+
+
+def sigma_scales() -> Callable[[], list[list[list[float]]]]:
+    """Record the learned factors on sigma that every forward pass of this rank used, in the order of its calls."""
+    from megacontext_megatron.position.gaussian import LearnableSigma
+
+    seen: list[list[list[float]]] = []
+    real = LearnableSigma.forward
+
+    def record(self: LearnableSigma) -> Tensor:
+        scales = real(self)
+        seen.append(scales.tolist())
+        return scales
+
+    LearnableSigma.forward = record
+    return lambda: seen

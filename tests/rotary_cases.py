@@ -22,6 +22,7 @@ from megacontext_megatron.position.frequencies import rotary_frequencies
 from megacontext_megatron.position.gaussian import damping, pairs
 
 EPS = torch.finfo(torch.float32).eps
+FLUSHED = torch.finfo(torch.float32).tiny
 EPSILON_OF_NORMS = 1e-5
 ROUNDINGS = 10
 """Of cosine, sine, damping and one rotation, in units in the last place."""
@@ -256,11 +257,15 @@ class Bounds:
 
     def _turned(self, x: Tensor, side: int, *, error: Tensor | float, passed: float) -> Tensor:
         """Return x's sizes times relative errors, in the order of channels: `passed` is that of those not rotated."""
-        of_pairs = self._over_heads(error * self._damp[side], x.shape[2]) * self._sizes(x)
+        of_pairs = self._over_heads(self._damped(error, side), x.shape[2]) * self._sizes(x)
         together = (
             torch.stack([of_pairs] * 2, -1).flatten(-2) if self._case.interleaved else of_pairs.repeat(1, 1, 1, 2)
         )
         return torch.cat([together, passed * x[..., 2 * self._count :].abs()], dim=-1)
+
+    def _damped(self, error: Tensor | float, side: int) -> Tensor:
+        """Return relative errors of damped pairs as absolute ones; a GPU flushes subnormal damping to 0."""
+        return error * self._damp[side] + FLUSHED
 
     def outputs(self) -> Tensors:
         """Return the bounds of query, key and value before they are stored."""
@@ -309,7 +314,7 @@ class Bounds:
         seen = 0.0 if case.norm else self.stored
         turns, shrinks = 0.0, 0.0
         for side, (x, g) in enumerate(zip(self._x, self._g, strict=False)):
-            error = self._over_heads((self._error + seen + self._depth()) * self._damp[side], x.shape[2])
+            error = self._over_heads(self._damped(self._error + seen + self._depth(), side), x.shape[2])
             terms = error * self._sizes(x) * self._sizes(g)
             terms = terms.reshape(*terms.shape[:2], case.ng, -1, self._count).sum(3)
             turns = turns + terms

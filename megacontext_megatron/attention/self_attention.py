@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
@@ -121,8 +122,8 @@ class SpanSelfAttention(SelfAttention):
         from megacontext_megatron.kernels.rotary_arguments import QKNorm
 
         return QKNorm(
-            query_weight=cast(Any, self.q_layernorm).weight,
-            key_weight=cast(Any, self.k_layernorm).weight,
+            query_weight=_weight_of(cast(Any, self.q_layernorm)),
+            key_weight=_weight_of(cast(Any, self.k_layernorm)),
             eps=self.config.layernorm_epsilon,
             zero_centred=self.config.layernorm_zero_centered_gamma,
         )
@@ -133,3 +134,13 @@ class SpanSelfAttention(SelfAttention):
                 f"layer {self.layer_number}: {tuple(rows.shape[:2])} rows of queries, but span metadata for "
                 f"{tuple(carrier.shape[:2])}"
             )
+
+
+def _weight_of(norm: torch.nn.Module) -> Tensor:
+    """Return the weight of a norm that is not called.
+
+    Before a call Megatron gathers what a distributed optimizer has updated elsewhere; its hooks are run for that.
+    """
+    for hook in norm._forward_pre_hooks.values():
+        hook(norm, ())
+    return cast(Tensor, norm.weight)

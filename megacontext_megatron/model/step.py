@@ -118,16 +118,18 @@ class ForwardStep:
             total = (losses.float() * targets.mask).sum()
             count = targets.mask.sum()
             report = {"lm loss": torch.stack([total.detach(), count])}
-            if self.check is not None:
-                self.check(total)
-            if not self.per_token_loss:
-                total, count = _over_context_parallel(total, count)
             sums = row_sums(losses, targets, spans, context) | shortened_sums(shortened, context)
             if not training:
                 report |= evaluation_report(sums, context)
             elif self.observe is not None:
                 self.observe(sums)
-            return total, count.to(torch.int), report
+            own, count = total, count.to(torch.int)
+            if not self.per_token_loss:
+                total, count = _over_context_parallel(total, count)
+            # Last, because it waits for the device, which would idle through what the host enqueues after it.
+            if self.check is not None:
+                self.check(own)
+            return total, count, report
 
         return loss_function
 

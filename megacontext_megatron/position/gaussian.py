@@ -63,8 +63,12 @@ class LearnableSigma(PositionalParameters):
         self.log_scale = self.new_parameter({"level": levels, "layer": 1, "head": levels * query_groups}[kind])
         self._kind, self._levels, self._query_groups, self._local = kind, levels, query_groups, local_groups
 
-    def scales(self) -> Tensor:
-        """Return the factors by level 0..max, fp32 [levels + 1, groups]; groups is 1 or the local query groups."""
+    def forward(self) -> Tensor:
+        """Return the factors by level 0..max, fp32 [levels + 1, groups]; groups is 1 or the local query groups.
+
+        Called as a module, because Megatron gathers parameters that a distributed optimizer has updated when the module
+        that holds them is called.
+        """
         table = self._table(self.shared(self.log_scale))
         return table[:, self._local] if self._kind == "head" else table
 
@@ -102,7 +106,7 @@ class GaussianRotary(torch.nn.Module):
             return sigma
         # Chosen level by level: an indexed lookup would sort thousands of equal indices for its gradient.  A level
         # beyond the table makes the loss not a number.
-        scales, level = self.sigma_scale.scales(), spans.level.unsqueeze(-1)
+        scales, level = self.sigma_scale(), spans.level.unsqueeze(-1)
         factor = torch.full_like(scales[0], torch.nan)
         for number, scale in enumerate(scales):
             factor = torch.where(level == number, scale, factor)

@@ -79,7 +79,7 @@ def test_scales_start_as_the_rules_own_sigma(kind):
     assert module.log_scale.shape == (SIZES[kind],)
     assert module.log_scale.dtype == torch.float32
     assert module.log_scale.requires_grad
-    assert torch.equal(module.scales(), torch.ones(LEVELS + 1, GROUPS if kind == "head" else 1))
+    assert torch.equal(module(), torch.ones(LEVELS + 1, GROUPS if kind == "head" else 1))
     spans = mixed_spans()
     query, key = random_rows(spans, HEADS), random_rows(spans, GROUPS, seed=1)
     finished, fixed = rotary(module)(query, key, spans), rotary()(query, key, spans)
@@ -88,7 +88,7 @@ def test_scales_start_as_the_rules_own_sigma(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scales_are_exponentials_by_level_and_group(kind):
-    scales = learnable(kind, values=NOT_IN_HALF).scales()
+    scales = learnable(kind, values=NOT_IN_HALF)()
     logs = np.array(NOT_IN_HALF[: SIZES[kind]], dtype=np.float32).astype(np.float64)
     expected = np.exp(np.broadcast_to(logs.reshape(-1, GROUPS if kind == "head" else 1), (LEVELS, scales.shape[1])))
     np.testing.assert_allclose(scales[1:].detach().numpy(), expected, rtol=2 * EPS)
@@ -99,25 +99,25 @@ def test_scales_are_exponentials_by_level_and_group(kind):
 @pytest.mark.parametrize(("sign", "limit"), [(1, 8.0), (-1, 1 / 8)])
 def test_scales_stop_at_a_factor_of_8(kind, sign, limit):
     for size in (LOG_SCALE_LIMIT, LOG_SCALE_LIMIT + 1e-3, 50.0, math.inf):
-        scales = learnable(kind, values=[sign * size] * 8).scales()
+        scales = learnable(kind, values=[sign * size] * 8)()
         np.testing.assert_allclose(scales[1:].detach().numpy(), limit, rtol=4 * EPS)
         assert bool((scales[0] == 1.0).all())
-    assert not torch.equal(learnable(kind, values=[sign * 2.0] * 8).scales()[1:], scales[1:])
+    assert not torch.equal(learnable(kind, values=[sign * 2.0] * 8)()[1:], scales[1:])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scale_beyond_its_limit_can_come_back(sign):
     module = learnable("layer", values=[sign * (LOG_SCALE_LIMIT + 0.01)])
-    (sign * module.scales()[1:].sum()).backward()
+    (sign * module()[1:].sum()).backward()
     assert sign * grad(module.log_scale).item() > 0
 
 
 def test_ranks_hold_slices_of_one_table():
     whole = learnable("head", values=NOT_IN_HALF)
     parts = [learnable("head", values=NOT_IN_HALF, local=slice(low, low + 2)) for low in (0, 2)]
-    assert torch.equal(torch.cat([part.scales() for part in parts], dim=1), whole.scales())
+    assert torch.equal(torch.cat([part() for part in parts], dim=1), whole())
     for part in parts:
-        assert torch.equal(part.all_scales(), whole.scales())
+        assert torch.equal(part.all_scales(), whole())
         assert not part.all_scales().requires_grad
 
 
@@ -139,7 +139,7 @@ def test_replicas_are_read_through_the_sum_over_ranks(kind):
     gradients = []
     for sum_over_ranks in (alone, Doubled.apply):
         module = learnable(kind, values=NOT_IN_HALF, sum_over_ranks=sum_over_ranks)
-        module.scales().sum().backward()
+        module().sum().backward()
         gradients.append(grad(module.log_scale))
     assert torch.equal(gradients[1], 2 * gradients[0])
     bias = LogWidthBias(0.25, Doubled.apply)
@@ -295,7 +295,7 @@ def test_parameters_move_with_the_model(dtype):
 
 def test_gradients_stay_fp32_as_well():
     module = learnable("level", values=NOT_IN_HALF)
-    module.scales().sum().backward()
+    module().sum().backward()
     expected = grad(module.log_scale).clone()
     module.bfloat16()
     assert grad(module.log_scale).dtype == torch.float32

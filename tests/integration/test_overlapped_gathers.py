@@ -1,0 +1,39 @@
+"""A distributed optimizer that gathers parameters while the next forward pass runs, in half precision.
+
+Positional parameters stay in fp32 and so lie in a buffer of their own, which only the modules that hold them wait for.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tests import recording
+from tests.launch import TrainResult, tiny_flags, train
+
+STEPS = 4
+MODEL: dict[str, Any] = {
+    "bf16": True,
+    "use_distributed_optimizer": True,
+    "megacontext": True,
+    "mc_source_length": 512,
+    "mc_block_size": 8,
+    "mc_variants": 2,
+    "mc_recent_tokens": 32,
+    "mc_horizon": 32,
+    "gaussian_rope_learnable_sigma": "level",
+    "lr": 1e-2,
+    "train_iters": STEPS,
+}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+def trained(corpus: Path, folder: Path, **more: Any) -> TrainResult:
+    flags = tiny_flags(strong=True, **MODEL, data_path=corpus, data_cache_path=folder.parent / "cache", **more)
+    return train(flags, 2, workdir=folder, before=recording.sigma_scales).check()
+
+
+def test_every_rank_reads_the_learned_widths_of_this_step(corpus: Path, tmp_path: Path) -> None:
+    plain, overlapped = (trained(corpus, tmp_path / name, **more) for name, more in (("plain", {}), ("over", OVERLAP)))
+    first, last = plain.values[0][0], plain.values[0][-1]
+    assert first != last
+    assert overlapped.values[0] == overlapped.values[1] == plain.values[0]
+    assert overlapped.losses == plain.losses
