@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -252,9 +253,12 @@ def gaussian_config(args: Namespace, context: ContextConfig) -> GaussianRopeConf
 
 def rotary_backend(args: Namespace, gaussian: GaussianRopeConfig | None) -> RotaryBackend:
     """Return what rotates queries and keys: what was asked for, else the kernel where it runs and covers the flags."""
+    installed = find_spec("triton") is not None
+    if args.mc_backend == "triton" and not installed:
+        raise ConfigError("--mc-backend triton needs the package triton, which is not installed: use torch or auto.")
     if args.mc_backend != "auto":
         return args.mc_backend
-    return "triton" if gaussian is not None and gaussian.fusable and not args.cpu else "torch"
+    return "triton" if gaussian is not None and gaussian.fusable and installed and not args.cpu else "torch"
 
 
 def layers_without_rope(no_rope_freq: int | list[int] | None, num_layers: int) -> tuple[int, ...]:

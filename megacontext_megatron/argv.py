@@ -26,11 +26,11 @@ LOCAL_FLAGS = (
     "--no-persist-layer-norm",
     "--no-rope-fusion",
 )
-"""What `--transformer-impl local` needs where neither Transformer Engine nor Apex is installed."""
+"""What `--transformer-impl local` gets: fusions that need Transformer Engine or Apex are off."""
 
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 APEX_FLAGS = ("--no-gradient-accumulation-fusion",)
-"""What Megatron's output layer needs where that extension of NVIDIA Apex is not installed."""
+"""What Megatron's output layer needs where that extension of NVIDIA Apex is not installed; it holds for all layers."""
 
 CPU_FLAGS = (
     *("--distributed-backend", "gloo"),

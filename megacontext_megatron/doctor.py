@@ -96,7 +96,8 @@ def examine_layers(model: Sequence[Any], settings: Settings) -> Iterator[Finding
             if isinstance(module, SelfAttention):
                 resolved = resolved_layers(cast(MegaContextTransformerConfig, module.config))[module.layer_number - 1]
                 core = type(module.core_attention).__name__
-                found = f"{type(module).__name__}, {resolved.encoding}, core {core} ({resolved.backend})"
+                rotary = f"rotary {resolved.rotary}"
+                found = f"{type(module).__name__}, {resolved.encoding}, {rotary}, core {core} ({resolved.backend})"
                 missing = ", ".join(_missing(module, settings))
                 yield Finding(
                     subject=f"layer {module.layer_number}",
@@ -118,6 +119,9 @@ def _missing(attention: Any, settings: Settings) -> Iterator[str]:
     rotates = attention.layer_number not in settings.no_rope_layers
     if rotates and not turns(attention):
         yield f"rotation by {settings.encoding}"
+    fused = type(attention.rotary).__name__ == "FusedGaussianRotary"
+    if rotates and fused != (settings.backend == "triton"):
+        yield f"rotary by {settings.backend}"
     learned = getattr(attention.rotary, "sigma_scale", None)
     if rotates and gaussian.learnable_sigma != "none" and learned is None:
         yield "--gaussian-rope-learnable-sigma"

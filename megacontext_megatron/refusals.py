@@ -101,6 +101,11 @@ CONTEXT_PARALLEL_REFUSALS = (
         "a window",
     ),
     Refusal(
+        flag="--softmax-type with --context-parallel-size",
+        asked=lambda a: _splits_rows(a) and a.softmax_type != "vanilla" and set(_cp_types(a)) != {"a2a"},
+        why="Transformer Engine has it over context-parallel ranks for --cp-comm-type a2a alone",
+    ),
+    Refusal(
         flag="--cp-comm-type a2a",
         asked=_heads_not_shared_out,
         why="each rank gets whole query groups, so their number must be a multiple of --tensor-model-parallel-size "
@@ -259,6 +264,16 @@ SPAN_REFUSALS = (
         flag="--tp-comm-overlap",
         asked=_given("tp_comm_overlap"),
         why="its communication buffers have not been shown to work with span metadata",
+    ),
+    Refusal(
+        flag="--cpu-offloading-num-layers",
+        asked=_given("cpu_offloading_num_layers"),
+        why="it has not been shown to keep queries and keys that the gradients of positions still read",
+    ),
+    Refusal(
+        flag="--te-precision-config-file",
+        asked=_given("te_precision_config_file"),
+        why="layers of several precisions have not been shown to train with span metadata",
     ),
     Refusal(
         flag="--fine-grained-activation-offloading",

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from megacontext_megatron.arguments import (
     refuse_unsupported,
     settings_from,
 )
+from megacontext_megatron.argv import APEX_EXTENSION
 from megacontext_megatron.attention.layer_spec import resolved_layers
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 from megacontext_megatron.config import ConfigError, Settings
@@ -72,6 +74,7 @@ def parse(
     if args.mc_encoding is not None:
         _seam_defaults(args)
     _validate(args)
+    _announce_fusion(args)
     settings = settings_from(args)
     check_data(args)
     # Writers make their folders, so they come after the last refusal; two checks need the tokenizer.
@@ -94,6 +97,17 @@ def _validate(args: Namespace) -> None:
     except AssertionError as error:
         asserted = traceback.extract_tb(error.__traceback__)[-1].line or "an assertion"
         raise ConfigError(f"Megatron refuses these flags: {str(error) or asserted}.") from error
+
+
+def _announce_fusion(args: Namespace) -> None:
+    """Say what the absence of NVIDIA Apex, which one fusion of the output layer needs, turns off in other layers."""
+    absent = find_spec(APEX_EXTENSION) is None and not args.gradient_accumulation_fusion
+    if absent and args.transformer_impl == "transformer_engine" and args.rank == 0:
+        print(
+            "> NVIDIA Apex is not installed: --no-gradient-accumulation-fusion is set, for Transformer Engine's layers "
+            "too, whose weight gradients round to the parameters' type in every micro-batch before they are added up",
+            flush=True,
+        )
 
 
 def _seam_defaults(args: Namespace) -> None:

@@ -76,16 +76,20 @@ class _TokenRows(torch.autograd.Function):
         of_tokens, of_rms, of_rows = gradients
         tokens, rms, place, is_token = ctx.saved_tensors
         slope = rms_slope(of_rms, rms, tokens.shape[-1]).unsqueeze(-1)
-        out = torch.addcmul(of_tokens, tokens, slope, out=torch.empty_like(tokens))
-        flat, shape = out.flatten(0, 1), (tokens.shape[1], -1)
+        shape = (tokens.shape[1], -1)
+        # Of more than two variants every sum would round; of two, it rounds once more than autograd's would.
+        sums = summing_dtype(tokens.dtype) if place.shape[1] > 2 * tokens.shape[1] else tokens.dtype
+        out = torch.empty(tokens.shape, dtype=sums, device=tokens.device)
+        torch.addcmul(of_tokens, tokens, slope, out=out)
+        flat = out.view(-1, tokens.shape[-1])
         by_variant = [t.unflatten(1, shape).unbind(2) for t in (place, is_token.to(out.dtype), of_rows)]
         # Rows of one context have tokens of their own, so each variant is added without collisions.
         for places, keep, gradient in zip(*by_variant, strict=True):
             index = places.flatten()
             here = flat.index_select(0, index)
-            here.addcmul_(gradient.flatten(0, 1), keep.reshape(-1, 1))
+            here.addcmul_(gradient.flatten(0, 1).to(sums), keep.reshape(-1, 1))
             flat.index_copy_(0, index, here)
-        return out, None, None
+        return out.to(tokens.dtype), None, None
 
 
 class _WithGists(torch.autograd.Function):
@@ -97,7 +101,7 @@ class _WithGists(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, row: Tensor, nodes: tuple[Tensor, Tensor], gists: Tensor) -> Tensor:
-        flat, index, (node, is_token) = rows.flatten(0, 1), row.flatten(), nodes
+        flat, index, (node, is_token) = rows.view(-1, rows.shape[-1]), row.flatten(), nodes
         is_token = is_token.view(-1, 1)
         chosen = gists.flatten(0, 1).index_select(0, node.flatten())
         flat.index_copy_(0, index, torch.where(is_token, flat.index_select(0, index), chosen))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from megacontext_megatron.kernels.rotary_arguments import QKNorm, RotaryOptions, RotaryTable, RowPlaces
 from megacontext_megatron.kernels.rotary_backward import backward_kernel, sum_partials
 from megacontext_megatron.kernels.rotary_forward import forward_kernel
+from megacontext_megatron.kernels.rotary_layout import HeadLayout, mergeable
 
 _LINES = 1024
 _COLUMNS = 4
@@ -51,8 +52,8 @@ def span_rotary(
     turn to 2^-30 turn for doubled centres up to 2^52.  Gradients of q, k and, where they require one, of the table's
     omega and the places' sigma and offset, are deterministic.  The same in plain PyTorch: kernels.reference.
     """
-    query, key = _mergeable(query), _mergeable(key)
-    layout = _Layout.of_heads(query, key, table.omega.shape[-1])
+    query, key = mergeable(query), mergeable(key)
+    layout = HeadLayout.of_heads(query, key, table.omega.shape[-1])
     finished = _finished(_Spec(layout=layout, places=places, options=options), query, key, table)
     return finished[0], finished[1]
 
@@ -74,7 +75,7 @@ def split_span_rotary(
     before they are rotated.  Otherwise as span_rotary.
     """
     mixed = mixed.contiguous()
-    layout = _Layout.of_mixed(mixed, head_dim, table.omega.shape[-1])
+    layout = HeadLayout.of_mixed(mixed, head_dim, table.omega.shape[-1])
     query, key, value = _finished(_Spec(layout=layout, places=places, options=options, norm=norm), mixed, None, table)
     return query, key, value
 
@@ -96,78 +97,11 @@ def _finished(spec: _Spec, source: Tensor, key: Tensor | None, table: RotaryTabl
     )
 
 
-def _mergeable(x: Tensor) -> Tensor:
-    """Return x [s, b, ...] such that row s b + i starts at a multiple of one stride, and channels are dense."""
-    s, b = x.shape[:2]
-    merges = s == 1 or b == 1 or x.stride(0) == b * x.stride(1)
-    return x if merges and x.stride(-1) == 1 else x.contiguous()
-
-
-def _row_stride(x: Tensor) -> int:
-    return x.stride(0) if x.shape[1] == 1 else x.stride(1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Layout:
-    """Sizes, and strides in elements: of query rows, groups and heads, and of key rows and groups.
-
-    `mixed` is whether queries, keys and values lie in one projection, so that values are copied along.
-    """
-
-    s: int
-    b: int
-    np: int
-    ng: int
-    hn: int
-    r: int
-    query: tuple[int, int, int]
-    key: tuple[int, int]
-    mixed: bool
-
-    @classmethod
-    def of_heads(cls, query: Tensor, key: Tensor, r: int) -> _Layout:
-        """Return the layout of queries [s, b, np, hn] and keys [s, b, ng, hn] as they lie in memory."""
-        s, b, np, hn = query.shape
-        ng = key.shape[2]
-        if key.shape != (s, b, ng, hn) or np % ng or not 0 < 2 * r <= hn:
-            raise ValueError(f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not fit {r} rotary pairs")
-        if query.dtype != key.dtype:
-            raise ValueError(f"queries are {query.dtype} and keys {key.dtype}")
-        head = query.stride(2)
-        strides = (_row_stride(query), np // ng * head, head)
-        key_strides = (_row_stride(key), key.stride(2))
-        return cls(s=s, b=b, np=np, ng=ng, hn=hn, r=r, query=strides, key=key_strides, mixed=False)
-
-    @classmethod
-    def of_mixed(cls, mixed: Tensor, hn: int, r: int) -> _Layout:
-        """Return the layout of a contiguous mixed projection."""
-        s, b, ng, width = mixed.shape
-        if width % hn or width < 3 * hn or not 0 < 2 * r <= hn:
-            raise ValueError(f"a mixed projection {tuple(mixed.shape)} does not hold heads of {hn} and {r} pairs")
-        np, row = (width // hn - 2) * ng, ng * width
-        return cls(s=s, b=b, np=np, ng=ng, hn=hn, r=r, query=(row, width, hn), key=(row, width), mixed=True)
-
-    @property
-    def gradient(self) -> _Layout:
-        """Where gradients of what was read are written: the same, dense."""
-        if self.mixed:
-            return self
-        query = (self.np * self.hn, self.np // self.ng * self.hn, self.hn)
-        return replace(self, query=query, key=(self.ng * self.hn, self.hn))
-
-    def parts(self, source: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tensors that begin where queries, keys and values do."""
-        if key is not None:
-            return source, key, key
-        flat, first = source.view(-1), self.np // self.ng * self.hn
-        return flat, flat[first:], flat[first + self.hn :]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Spec:
     """What a call is made of besides the tensors that may get gradients."""
 
-    layout: _Layout
+    layout: HeadLayout
     places: RowPlaces
     options: RotaryOptions
     norm: QKNorm | None = None
@@ -200,7 +134,7 @@ class _Operands(NamedTuple):
         return max(self.frequency_groups, self.sigma_groups, 1)
 
 
-def _common(spec: _Spec, given: _Operands, layout: _Layout, tile: _Tile) -> dict[str, Any]:
+def _common(spec: _Spec, given: _Operands, layout: HeadLayout, tile: _Tile) -> dict[str, Any]:
     """Return the arguments that forward and backward share."""
     norm = spec.norm
     sigma = (0, 0, 0) if given.sigma is None else (*given.sigma.stride(), 0)[:3]

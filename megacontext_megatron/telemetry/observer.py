@@ -97,8 +97,10 @@ class TrainingObserver:
         )
 
     def _is_last(self, iteration: int) -> bool:
-        interval = self._args.exit_interval
-        return iteration == self._args.train_iters or bool(interval and iteration % interval == 0)
+        """Return whether the run may end with this step, or resume behind it."""
+        args = self._args
+        intervals = [args.exit_interval, args.save_interval if args.save else None]
+        return iteration == args.train_iters or any(each and iteration % each == 0 for each in intervals)
 
     def _layers_and_groups(self) -> tuple[int, int]:
         args = self._args

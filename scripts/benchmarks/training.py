@@ -45,8 +45,6 @@ MODEL: Mapping[str, Any] = {
     "untie_embeddings_and_output_weights": True,
     "attention_dropout": 0,
     "hidden_dropout": 0,
-    # the output layer's fusion needs Apex
-    "no_gradient_accumulation_fusion": True,
     "vocab_size": 32000,
     "make_vocab_size_divisible_by": 128,
     "tokenizer_type": "NullTokenizer",
@@ -70,7 +68,7 @@ class Workload:
     """What both arms train on: rows in a context, contexts in a step, and tokens behind a mixed context."""
 
     rows: int = 4096
-    source: int = 16384
+    source: int = 32768
     recent: int = 512
     micro_batch: int = 2
     global_batch: int = 8

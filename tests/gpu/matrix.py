@@ -40,8 +40,6 @@ ON_TE: Flags = {
     "cpu": None,
     "transformer_impl": "transformer_engine",
     "bf16": True,
-    # the fusion of Megatron's own output layer needs Apex
-    "no_gradient_accumulation_fusion": True,
 }
 
 MODEL: Flags = {
@@ -86,6 +84,7 @@ MOE: Flags = {
 FAMILIES = {
     "te": MODEL | LEVEL | ON_TE,
     "te, sigma by head": MODEL | HEAD | ON_TE,
+    "te, QK-norm": MODEL | LEVEL | ON_TE | {"qk_layernorm": True},
     "te, experts": MODEL | LEVEL | ON_TE | MOE,
     "local bf16": MODEL | LEVEL | LOCAL | {"bf16": True},
     "te, stock rope": {k: v for k, v in MODEL.items() if not k.startswith("mc_")}
@@ -183,7 +182,7 @@ class Matrix(parity.References):
         """
         family = "te, stock rope"
         flags = {key: value for key, value in layout.flags.items() if key in parity.TP_SP}
-        ranks = Layout(name=f"stock rope, {layout.name}", ranks=layout.ranks, family=family, flags=flags)
+        ranks = Layout(name="stock rope, TP2+SP", ranks=layout.ranks, family=family, flags=flags)
         one = one_gpu("stock rope, one GPU", family=family)
         found = difference(self.made(ranks), self.made(one))
         self._report.comparison(ranks, one, found)

@@ -104,6 +104,11 @@ def test_the_kernel_agrees_with_its_reference(matrix: Matrix, tmp_path: Path) ->
     assert "torch" in rotary_of(reference)
 
 
+def test_norms_in_the_kernel_agree_with_their_reference(matrix: Matrix, tmp_path: Path) -> None:
+    one = one_gpu("QK-norm", family="te, QK-norm")
+    matrix.within(one_gpu("QK-norm, --mc-backend torch", family="te, QK-norm", mc_backend="torch"), one, tmp_path)
+
+
 @pytest.mark.parametrize("recipe", FP8_RECIPES)
 def test_fp8_linear_layers_train(matrix: Matrix, tmp_path: Path, recipe: str) -> None:
     flags: Flags = {"fp8_format": "hybrid", "fp8_recipe": recipe}

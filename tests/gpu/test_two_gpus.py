@@ -92,6 +92,12 @@ def test_sigma_by_head_agrees_over_tensor_parallel_ranks(matrix: Matrix, tmp_pat
 
 
 @needs_te
+def test_norms_in_the_kernel_agree_over_tensor_parallel_ranks(matrix: Matrix, tmp_path: Path) -> None:
+    one = one_gpu("QK-norm", family="te, QK-norm")
+    matrix.within(two("TP2+SP, QK-norm", TP_SP, family=one.family), one, tmp_path)
+
+
+@needs_te
 def test_sigma_by_level_gets_whole_gradients(matrix: Matrix, tmp_path: Path) -> None:
     whole = off_by(matrix.train(two("TP2+SP, two steps", TP_SP), tmp_path, steps=2), matrix.made(ONE))
     matrix.note(f"TP2+SP: gradients of sigma by level off by {whole:.1e}")

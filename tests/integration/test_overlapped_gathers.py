@@ -6,8 +6,12 @@ Positional parameters stay in fp32 and so lie in a buffer of their own, which on
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests import recording
+from tests.integration.test_kernel_training import FEW_ROWS, through_kernel
 from tests.launch import TrainResult, tiny_flags, train
+from tests.small import GRAD_NORM_TOLERANCE
 
 STEPS = 4
 MODEL: dict[str, Any] = {
@@ -37,3 +41,17 @@ def test_every_rank_reads_the_learned_widths_of_this_step(corpus: Path, tmp_path
     assert first != last
     assert overlapped.values[0] == overlapped.values[1] == plain.values[0]
     assert overlapped.losses == plain.losses
+
+
+def test_norms_that_the_kernel_applies_are_gathered_first(corpus: Path, tmp_path: Path) -> None:
+    """A bucket for every parameter, so that none comes along with a neighbour."""
+    runs = []
+    for name, more in (("plain", {}), ("over", OVERLAP | {"ddp_bucket_size": 1})):
+        values = {**MODEL, **FEW_ROWS, "qk_layernorm": True, "num_layers": 2, "data_path": corpus, **more}
+        flags = tiny_flags(strong=True, **values, data_cache_path=tmp_path / "cache")
+        kernel = {"before": through_kernel, "before_kwargs": {"kernel": True}}
+        runs.append(train(flags, 2, workdir=tmp_path / name, **kernel).check())
+    plain, overlapped = runs
+    assert overlapped.losses == plain.losses
+    # The order in which squares of gradients are added up follows the buckets.
+    assert overlapped.grad_norms == pytest.approx(plain.grad_norms, rel=GRAD_NORM_TOLERANCE)

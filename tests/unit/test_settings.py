@@ -82,6 +82,8 @@ WITH_SPANS = [
     ["--fp8-dot-product-attention"],
     ["--fp8-multi-head-attention"],
     ["--mc-backend", "triton"],
+    ["--cpu-offloading-num-layers", "1"],
+    ["--te-precision-config-file", "precision.yaml"],
 ]
 ON_TE = {"cpu": None, "transformer_impl": "transformer_engine", "bf16": True}
 CP = ["--context-parallel-size", "2"]
@@ -102,6 +104,7 @@ WITH_TE = {
     "rows of one rank": ({}, ["--attention-backend", "unfused", *CP], "--context-parallel-size"),
     "no such exchange": ({}, ["--cp-comm-type", "ring", *CP], "p2p, a2a, all_gather, a2a+p2p"),
     "three exchanges for two layers": ({}, ["--cp-comm-type", "p2p", "a2a", "p2p", *CP], "--num-layers"),
+    "sinks in a ring": ({}, ["--softmax-type", "learnable", *CP], "--context-parallel-size", "a2a"),
     "windows in a ring": ({}, ["--cp-comm-type", "p2p", "--window-size", "16,0", *CP], "--window-size", "a2a"),
     "windows in one layer's ring": (
         {},
