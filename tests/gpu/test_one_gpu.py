@@ -150,5 +150,10 @@ def evaluated(checkpoint: Path, workdir: Path, *flags: str) -> dict[str, float]:
 def test_the_doctor_sees_transformer_engine(matrix: Matrix, tmp_path: Path) -> None:
     flags = tiny_flags(**{**FAMILIES["te"], **matrix.data(), "log_interval": 1})
     found = command("doctor", flags, workdir=tmp_path).check().log
-    assert found.count("SpanSelfAttention, gaussian_rope, core TEDotProductAttention (transformer_engine, auto") == 4
+    assert (
+        found.count(
+            "SpanSelfAttention, gaussian_rope, rotary triton, core TEDotProductAttention (transformer_engine, auto"
+        )
+        == 4
+    )
     assert "NOT ACTIVE" not in found

@@ -66,7 +66,10 @@ def test_the_doctor_finds_what_was_asked_for(corpus, tmp_path):
     assert found["carrier"] == "span metadata"
     assert found["apply_rope_fusion"] == "False"
     for layer in (1, 2):
-        assert found[f"layer {layer}"] == "SpanSelfAttention, gaussian_rope, core DotProductAttention (dense)"
+        assert (
+            found[f"layer {layer}"]
+            == "SpanSelfAttention, gaussian_rope, rotary torch, core DotProductAttention (dense)"
+        )
     for package in ("python", "megatron-core", "torch", "numpy"):
         assert found[package][0].isdigit()
     assert "NOT ACTIVE" not in result.log
@@ -80,7 +83,7 @@ def test_the_doctor_examines_every_rank_of_a_layout(corpus, tmp_path, name):
     result = command("doctor", small_flags(corpus, **LAYOUTS[name]), 2, workdir=tmp_path).check()
     backend = "dense, gathered keys" if name == "cp" else "dense"
     core = "GatheredKeyAttention" if name == "cp" else "DotProductAttention"
-    expected = f"SpanSelfAttention, gaussian_rope, core {core} ({backend})"
+    expected = f"SpanSelfAttention, gaussian_rope, rotary torch, core {core} ({backend})"
     layers = [line.split(maxsplit=2) for line in result.log.splitlines() if line.startswith("  layer ")]
     assert {line[2] for line in layers} == {expected}
     assert sorted(line[1] for line in layers) == (["1", "2"] if name == "pp" else ["1", "1", "2", "2"])
@@ -141,7 +144,7 @@ def stock_carrier() -> None:
     """Let the model keep Megatron's rotary embedding."""
     from megacontext_megatron.model import gpt
 
-    gpt.SpanCarrier = lambda: None
+    gpt.SpanCarrier = lambda rule: None
 
 
 FAULTS = {
