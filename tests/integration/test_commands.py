@@ -94,7 +94,7 @@ def test_the_doctor_says_what_a_stock_encoding_runs(corpus, tmp_path):
     flags = small_flags(corpus, **TOKENS_ONLY, position_embedding_type="rope")
     found = findings(command("doctor", flags, workdir=tmp_path).check().log)
     assert found["encoding"] == "rope"
-    assert found["layer 2"] == "SelfAttention, rope, core DotProductAttention (dense)"
+    assert found["layer 2"] == "SelfAttention, rope, rotary Megatron, core DotProductAttention (dense)"
     assert "carrier" not in found
 
 
