@@ -118,7 +118,7 @@ def run_group(letter: str, title: str, run: Callable[[Any], None]) -> Any:
         run(found)
     except GateFailed as failed:
         stopped = str(failed)
-    except Exception as error:
+    except Exception as error:  # whatever ends a group, the others are still measured
         traceback.print_exc()
         stopped = f"{type(error).__name__}: {error}"
     # what comes next may be another process on the same device

@@ -217,10 +217,14 @@ class References:
         **kwargs: Any,
     ) -> TrainResult:
         """Train a layout from its family's checkpoint, with `before(**kwargs)` called in every rank."""
+        flags = self.flags(layout, steps)
+        return train(flags, layout.ranks, workdir=workdir, before=before, before_kwargs=kwargs, timeout=TIMEOUT)
+
+    def flags(self, layout: Layout, steps: int) -> list[str]:
+        """Return the command line that trains a layout from its family's checkpoint."""
         start = {"load": self.checkpoint(layout.family), "finetune": True, "exit_on_missing_checkpoint": True}
         values = {**self._families[layout.family], **self.data(), **start, "train_iters": steps, **layout.flags}
-        flags = tiny_flags(strong=True, **values)
-        return train(flags, layout.ranks, workdir=workdir, before=before, before_kwargs=kwargs, timeout=TIMEOUT)
+        return tiny_flags(strong=True, **values)
 
     def compared(self, layout: Layout, workdir: Path, *, steps: int = STEPS, **kwargs: Any) -> Difference:
         """Train a layout as `train` does and return its difference from one process."""

@@ -77,7 +77,7 @@ class _TokenRows(torch.autograd.Function):
         tokens, rms, place, is_token = ctx.saved_tensors
         slope = rms_slope(of_rms, rms, tokens.shape[-1]).unsqueeze(-1)
         shape = (tokens.shape[1], -1)
-        # Of more than two variants every sum would round; of two, it rounds once more than autograd's would.
+        # Each variant's sum rounds in half precision, so that the errors of more than two would add up.
         sums = summing_dtype(tokens.dtype) if place.shape[1] > 2 * tokens.shape[1] else tokens.dtype
         out = torch.empty(tokens.shape, dtype=sums, device=tokens.device)
         torch.addcmul(of_tokens, tokens, slope, out=out)

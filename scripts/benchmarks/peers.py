@@ -34,7 +34,7 @@ def found(load: Callable[[], Any]) -> Any:
     """Return what `load` returns; raises Absent where it cannot be imported or loaded."""
     try:
         return load()
-    except Exception as error:
+    except Exception as error:  # a package that is there but broken raises what it likes
         first = (str(error).splitlines() or [""])[0]
         raise Absent(f"{type(error).__name__}: {first}") from error
 

@@ -150,7 +150,7 @@ class Race:
             return found
         try:
             call = self.passes(found.call, leaves, upstream)  # type: ignore[arg-type]
-        except Exception as error:
+        except Exception as error:  # a peer raises what it likes; ours is gated before
             return Contender(name=found.name, absent=f"failed: {type(error).__name__}: {error}")
         return Contender(name=found.name, call=call)
 

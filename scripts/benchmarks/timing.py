@@ -86,7 +86,7 @@ class Stopwatch:
         assert contender.call is not None
         try:
             self._warm(contender.call)
-        except Exception as error:
+        except Exception as error:  # a peer raises what it likes, and is named with it
             if contender.name.startswith(OURS):
                 raise
             failed[contender.name] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

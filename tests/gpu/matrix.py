@@ -2,7 +2,7 @@
 
 bf16 rounds every activation, so two ways to compute one thing differ.  How far they may is read off the same model:
 one-GPU runs that differ only in how the batch is cut into micro-batches are apart by the spread, and a layout may be by
-twice that; over tensor parallel ranks, where that is more, by twice what Megatron's own rope is.
+twice that.
 """
 
 from __future__ import annotations
@@ -123,10 +123,7 @@ class Matrix(parity.References):
         **kwargs: Any,
     ) -> TrainResult:
         """Train a layout from its family's checkpoint and check that it ended well; its figures are reported."""
-        start = {"load": self.checkpoint(layout.family), "finetune": True, "exit_on_missing_checkpoint": True}
-        values = {**FAMILIES[layout.family], **self.data(), **start, "train_iters": steps, **layout.flags}
-        hook = {"before": before or watching.watch, "before_kwargs": kwargs}
-        result = train(tiny_flags(strong=True, **values), layout.ranks, workdir=workdir, timeout=TIMEOUT, **hook)
+        result = super().train(layout, workdir, steps=steps, before=before or watching.watch, **kwargs)
         self._report.run(layout, result)
         result.check()
         assert len(result.losses) == len(result.grad_norms) == steps
@@ -168,21 +165,14 @@ class Matrix(parity.References):
     def within(self, layout: Layout, one: Layout, workdir: Path, **options: Any) -> TrainResult:
         """Train a layout and assert that its losses and gradient norms are within what it may be from one GPU."""
         found, spread, result = self.compared(layout, one, workdir, **options)
-        if "tensor_model_parallel_size" in layout.flags:
-            spread = _wider(spread, self.stock_difference(layout))
         assert found.loss <= TIMES_SPREAD * spread.loss, (found, spread)
         assert found.grad_norm <= TIMES_SPREAD * spread.grad_norm, (found, spread)
         return result
 
     def stock_difference(self, layout: Layout) -> Difference:
-        """Return how far Megatron's own rope, on tokens, is from one GPU in a layout.
-
-        Tensor parallel ranks round their parts of a sum to bf16 before these are added, which no cut into micro-batches
-        does.
-        """
+        """Return how far Megatron's own rope, on tokens, is from one GPU in a layout."""
         family = "te, stock rope"
-        flags = {key: value for key, value in layout.flags.items() if key in parity.TP_SP}
-        ranks = Layout(name="stock rope, TP2+SP", ranks=layout.ranks, family=family, flags=flags)
+        ranks = dataclasses.replace(layout, name=f"stock rope, {layout.name}", family=family)
         one = one_gpu("stock rope, one GPU", family=family)
         found = difference(self.made(ranks), self.made(one))
         self._report.comparison(ranks, one, found)
@@ -206,12 +196,6 @@ class Matrix(parity.References):
     def note(self, text: str) -> None:
         """Put a sentence into the report."""
         self._report.note(text)
-
-
-def _wider(first: Difference, second: Difference) -> Difference:
-    return dataclasses.replace(
-        first, loss=max(first.loss, second.loss), grad_norm=max(first.grad_norm, second.grad_norm)
-    )
 
 
 def steps_of(result: TrainResult) -> list[tuple[float, float]]:

@@ -126,6 +126,19 @@ def test_gradients_are_those_of_the_loop(variants: int, raw: int, seed: int):
     assert_same(fast.grad, naive.grad, FP32_RTOL)
 
 
+def test_tokens_may_lie_in_memory_in_any_order():
+    context, raw = small(), 2
+    spans = planned(context, raw)
+    dense = embeddings(context, raw, seed=3)
+    gradients = []
+    for tokens in (dense, dense.transpose(0, 1).contiguous().transpose(0, 1)):
+        leaf = tokens.detach().requires_grad_()
+        assert leaf.stride() == tokens.stride()
+        rows = assemble_rows(leaf, spans, context, mean_gists)
+        gradients += torch.autograd.grad(rows.square().sum(), leaf)
+    assert_same(gradients[1], gradients[0], FP32_RTOL)
+
+
 def plain_mean(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Average each block and bend the average: a gister that knows nothing of sizes, by autograd alone."""
     blocks = below.unflatten(0, (-1, block_size))
