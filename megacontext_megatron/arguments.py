@@ -1,12 +1,11 @@
 """Flags and settings: the plugin's argument groups, what they refuse, and the settings they become."""
 
-# Annotations here are read at run time by Megatron's ArgumentGroupFactory, so they are not deferred to strings.
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import math
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
@@ -14,112 +13,31 @@ from megacontext_megatron.config import (
     ENCODINGS,
     ConfigError,
     ContextConfig,
-    EodPolicy,
     GaussianRopeConfig,
-    LearnableSigma,
-    Plan,
     RotaryBackend,
     RotaryConfig,
     Settings,
-    SigmaRule,
+)
+from megacontext_megatron.flags import (
+    RUN_FLAGS,
+    ContextFlags,
+    EvaluationFlags,
+    GistFlags,
+    ObjectiveFlags,
+    PositionFlags,
+    PredictionFlags,
+    WatchFlags,
+)
+from megacontext_megatron.objective_arguments import (
+    curriculum_stages,
+    gist_config,
+    objective_config,
+    prediction_config,
+    watch_config,
 )
 from megacontext_megatron.refusals import REFUSALS, SPAN_REFUSALS
 
 Namespace = argparse.Namespace
-
-
-@dataclass
-class PositionFlags:
-    """Positions that belong to rows: --position-embedding-type also takes gaussian_rope."""
-
-    mc_encoding: str | None = None
-    """Set by --position-embedding-type when it names one of the plugin's encodings; not meant to be typed."""
-
-    gaussian_rope_sigma: SigmaRule = "uniform"
-    """Spread of a row that covers w tokens: uniform is sqrt((w^2 - 1) / 12), width w, half-width w / 2, none 0. A
-    token has spread 0 under every rule."""
-
-    gaussian_rope_learnable_sigma: LearnableSigma = "none"
-    """Learn a factor on the spread in every layer: one per level, one for the layer, or one per query group and level
-    (head)."""
-
-    gaussian_rope_sides: Literal["qk", "k"] = "qk"
-    """Damp queries and keys (the exact expectation), or keys alone."""
-
-    gaussian_rope_renorm: Literal["none", "rms"] = "none"
-    """Give damped queries and keys their norm back (rms), or not."""
-
-    gaussian_rope_phase: Literal["exact", "megatron"] = "exact"
-    """exact: integer phases, right for centres up to 2^51 tokens. megatron: Megatron's fp32 angle, bit-equal to its
-    rope."""
-
-    gaussian_rope_log_width_bias: bool = False
-    """Let a row of w tokens count as w^beta tokens in the softmax; beta is learned in every layer from 0. Dense
-    attention only."""
-
-
-@dataclass
-class ContextFlags:
-    """Working contexts: --seq-length rows, each a token or a gist, over the newest --mc-source-length tokens."""
-
-    megacontext: bool = False
-    """Train on working contexts that mix tokens and gists. Needs --position-embedding-type gaussian_rope."""
-
-    mc_source_length: int | None = None
-    """C: tokens of history in a raw sample; a multiple of --mc-block-size, at least --seq-length."""
-
-    mc_variants: int = 1
-    """V: working contexts made of each raw sample; with 2 or more the first is the recency baseline. Micro-batch
-    sizes must be multiples of V."""
-
-    mc_block_size: int = 32
-    """K: rows of one level that a gist of the next level stands for."""
-
-    mc_max_level: Literal[1, 2] = 2
-    """Highest level of detail: 1 for gists of K tokens, 2 for gists of K^2 as well."""
-
-    mc_recent_tokens: int = 128
-    """Newest tokens that never collapse, rounded up to a block edge."""
-
-    mc_horizon: int = 64
-    """H: the last rows, tokens in every variant, on which variants are compared."""
-
-    mc_plan: Plan = "random"
-    """Which blocks collapse: random ones, the oldest (heuristic), one or the other by context (mix), or none
-    (recency: the newest --seq-length tokens)."""
-
-    mc_level2_prob: float = 0.1
-    """Probability that a random plan collapses an aligned run of K^2 tokens into one gist."""
-
-    mc_eod_policy: EodPolicy = "ignore"
-    """no-cross: never collapse a block with an end of document inside."""
-
-
-@dataclass
-class RunningFlags:
-    """How the plugin runs."""
-
-    cpu: bool = False
-    """Run without a GPU: gloo, Megatron's local layers, and the flags both need."""
-
-    mc_backend: Literal["auto", "triton", "torch"] = "auto"
-    """What rotates queries and keys by their spans: the fused kernel (triton), plain PyTorch (torch), or the kernel
-    on a GPU where it covers the options (auto)."""
-
-
-RUN_FLAGS = {PositionFlags: "gaussian rope", ContextFlags: "megacontext", RunningFlags: "running"}
-"""The groups every command knows, and their titles in --help."""
-
-
-@dataclass
-class EvaluationFlags:
-    """What evaluate does with a checkpoint."""
-
-    mc_eval_samples: int = 64
-    """Held-out raw samples of --mc-source-length tokens to evaluate on."""
-
-    mc_eval_bigram: bool = False
-    """Also evaluate an add-one bigram model of the training data on the same targets (byte-sized vocabularies)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -181,7 +99,8 @@ def refuse_unsupported(args: Namespace) -> None:
             "--megacontext needs --position-embedding-type gaussian_rope: rows that stand for several tokens have no "
             "place in a stock encoding (--gaussian-rope-sigma none gives plain rope at the centre of each row)."
         )
-    _refuse_without_effect(args, ContextFlags, "--megacontext", on=args.megacontext)
+    for group in (ContextFlags, GistFlags, ObjectiveFlags, PredictionFlags, WatchFlags):
+        _refuse_without_effect(args, group, "--megacontext", on=args.megacontext)
     _refuse_without_effect(args, PositionFlags, "--position-embedding-type gaussian_rope", on=spans)
     _refuse_idle_settings(args)
     if args.mc_backend != "auto" and not spans:
@@ -286,6 +205,11 @@ def settings_from(args: Namespace) -> Settings:
         ),
         context=context,
         gaussian=gaussian,
+        gist=gist_config(args),
+        objective=objective_config(args, context),
+        prediction=prediction_config(args, context),
+        watch=watch_config(args),
+        curriculum=curriculum_stages(args, context),
         megacontext=args.megacontext,
         seed=args.seed,
         backend=rotary_backend(args, gaussian),

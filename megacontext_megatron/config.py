@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 ENCODINGS = ("gaussian_rope",)
@@ -17,6 +17,12 @@ LearnableSigma = Literal["none", "level", "layer", "head"]
 Plan = Literal["recency", "random", "heuristic", "mix"]
 EodPolicy = Literal["ignore", "no-cross"]
 RotaryBackend = Literal["triton", "torch"]
+GistKind = Literal["mean", "gistnet"]
+GistPooling = Literal["mean", "slot"]
+Phase = Literal["substitution", "pooling", "pooling-then-substitution"]
+Teacher = Literal["none", "forward", "cache"]
+Readout = Literal["hidden", "soft-embed", "infonce"]
+Guards = Literal["fatal", "warn", "off"]
 
 SIGMA_RULES: tuple[SigmaRule, ...] = ("uniform", "width", "half-width", "none")
 PLANS: tuple[Plan, ...] = ("recency", "random", "heuristic", "mix")
@@ -78,6 +84,8 @@ class ContextConfig:
     plan: Plan = "random"
     level2_prob: float = 0.1
     eod_policy: EodPolicy = "ignore"
+    history: int | None = None
+    """Newest tokens that contexts cover, where a stage of a curriculum shortens the source; None for all of it."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that no plan can satisfy."""
@@ -174,8 +182,9 @@ class ContextConfig:
 
     @property
     def dropped_tokens(self) -> int:
-        """Oldest tokens left out so that collapsing whole blocks can reach exactly `window` rows."""
-        return (self.source_length - self.window) % (self.block_size - 1)
+        """Oldest tokens left out: older than `history`, and so that whole blocks can reach exactly `window` rows."""
+        history = self.source_length if self.history is None else self.history
+        return self.source_length - history + (history - self.window) % (self.block_size - 1)
 
     @property
     def merges(self) -> int:
@@ -206,6 +215,108 @@ class ContextConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GistConfig:
+    """What makes gists: the mean of a block, or GistNet (one field per `--mc-gist-*` flag).
+
+    `hidden_size` is GistNet's own width, `hidden` that of the model.  Raises ConfigError for a width that the heads
+    cannot share out.
+    """
+
+    hidden: int
+    kind: GistKind = "mean"
+    layers: int = 2
+    hidden_size: int = 512
+    pooling: GistPooling = "mean"
+    span_head: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot be built."""
+        if self.kind == "gistnet" and self.layers < 1:
+            raise ConfigError(f"--mc-gist-layers {self.layers} must be at least 1.")
+        if self.kind == "gistnet" and (self.hidden_size < 1 or self.hidden_size % self.heads):
+            raise ConfigError(
+                f"--mc-gist-hidden-size {self.hidden_size} must be a multiple of {self.heads}, its number of heads."
+            )
+
+    @property
+    def heads(self) -> int:
+        """Attention heads: of 64 channels, and at least 4."""
+        return max(4, self.hidden_size // 64)
+
+    @property
+    def learned(self) -> bool:
+        """Whether gists have parameters."""
+        return self.kind == "gistnet"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What is trained beside the next-token loss (`--mc-loss-*`, `--mc-phase`, `--mc-teacher`).
+
+    `after_token` counts only rows whose last covered token it is.  Phases are counted in contexts (`pooling_samples`).
+    """
+
+    advantage: float = 0.0
+    kl: float = 0.0
+    contrast: float = 0.0
+    pooling: float = 0.0
+    gist_rows: float = 1.0
+    after_token: int | None = None
+    phase: Phase = "substitution"
+    pooling_samples: int = 0
+    teacher: Teacher = "none"
+    teacher_path: str | None = None
+
+    def pools_only(self, consumed_samples: int) -> bool:
+        """Return whether gists learn from the pooling regression alone once so many contexts have been consumed."""
+        if self.phase == "pooling-then-substitution":
+            return consumed_samples < self.pooling_samples
+        return self.phase == "pooling"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionConfig:
+    """Prediction of coming gists (`--mc-predict-*`): weights of the next level-1 and level-2 gist, and the readout."""
+
+    level1: float = 0.0
+    level2: float = 0.0
+    readout: Readout = "hidden"
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """The weights of level 1 and 2."""
+        return self.level1, self.level2
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is predicted."""
+        return any(self.weights)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchConfig:
+    """What is watched while training: probes every so many iterations (0: never), and guards."""
+
+    probe_interval: int = 0
+    probe_samples: int = 8
+    guards: Guards = "fatal"
+    guard_after: int = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurriculumStage:
+    """From `samples` consumed contexts on, contexts cover the newest `history` tokens, level 2 at `level2_prob`."""
+
+    samples: int
+    history: int
+    level2_prob: float
+
+    def of(self, context: ContextConfig) -> ContextConfig:
+        """Return the context of this stage; raises ConfigError where no plan can satisfy it."""
+        return replace(context, history=self.history, level2_prob=self.level2_prob)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """Everything the plugin decides for a run.
 
@@ -217,6 +328,13 @@ class Settings:
     rotary: RotaryConfig
     context: ContextConfig
     gaussian: GaussianRopeConfig | None = None
+    gist: GistConfig = field(default_factory=lambda: GistConfig(hidden=1))
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    prediction: PredictionConfig = field(default_factory=PredictionConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    curriculum: tuple[CurriculumStage, ...] = ()
+    """Stages in order of their samples; before the first, and without any, contexts cover the whole source."""
+
     megacontext: bool = False
     seed: int = 1234
     backend: RotaryBackend = "torch"

@@ -23,11 +23,14 @@ from megacontext_megatron.argv import APEX_EXTENSION
 from megacontext_megatron.attention.layer_spec import resolved_layers
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 from megacontext_megatron.config import ConfigError, Settings
+from megacontext_megatron.context.gistnet import TENSOR_PARTIAL
 from megacontext_megatron.data.indexed import check_indexed_dataset
 from megacontext_megatron.data.manifest import TrainingTokenizer, check_tokenizer
 from megacontext_megatron.model.datasets import DatasetProvider
 from megacontext_megatron.model.gpt import build_model
 from megacontext_megatron.model.guard import GistGuard
+from megacontext_megatron.model.objective import TrainingObjective
+from megacontext_megatron.model.parallel_groups import sum_over_context, sum_partial_gradients
 from megacontext_megatron.model.step import ForwardStep
 from megacontext_megatron.model.validation import loss_checks
 from megacontext_megatron.retrofit.checkpoint import check_checkpoint, require_checkpoint, restore_settings
@@ -214,6 +217,16 @@ def transformer_config(args: Namespace, settings: Settings) -> MegaContextTransf
     return config
 
 
+def _whole_gradients(finalize: Callable[..., None]) -> Callable[..., None]:
+    """Return Megatron's finalize_model_grads, after which gradients of shared out blocks are added up."""
+
+    def finalize_and_sum(model: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        finalize(model, *args, **kwargs)
+        sum_partial_gradients(model, TENSOR_PARTIAL)
+
+    return finalize_and_sum
+
+
 class Run:
     """The four callables of a training run: data sets, model provider, forward step, and its observer."""
 
@@ -235,6 +248,7 @@ class Run:
             needs_mask=args.transformer_impl == "local" and args.context_parallel_size == 1,
             per_token_loss=args.calculate_per_token_loss,
             timers=get_timers(),
+            objective=TrainingObjective(settings=settings, over_context=sum_over_context),
             observe=self._observer.hear,
             guard=GistGuard(settings.context, get_num_microbatches()) if mixes else None,
             check=loss_checks(not_finite=args.check_for_nan_in_loss_and_grad, spiky=args.check_for_spiky_loss),
@@ -258,7 +272,7 @@ class Run:
 
         args = self._args
         config = config or transformer_config(args, self._settings)
-        config.finalize_model_grads_func = self._observer.finalizing(finalize_model_grads)
+        config.finalize_model_grads_func = self._observer.finalizing(_whole_gradients(finalize_model_grads))
         # Saved with the arguments in every checkpoint.
         args.mc_layers = [layer.as_row() for layer in resolved_layers(config)]
         self._print_layers()

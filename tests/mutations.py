@@ -42,9 +42,9 @@ def zero_centres() -> None:
 
 def zero_sigma() -> None:
     """Let gists be as sharp as tokens."""
-    from megacontext_megatron.position import gaussian
+    from megacontext_megatron.spans import metadata
 
-    gaussian.base_sigma = lambda width, rule: torch.zeros_like(width, dtype=torch.float32)
+    metadata.base_sigma = lambda width, rule: torch.zeros_like(width, dtype=torch.float32)
 
 
 def next_plan() -> None:
@@ -128,7 +128,7 @@ def leaking_gists() -> None:
 
     real = MegaContextGPTModel.gister
 
-    def leaking(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    def leaking(below: Tensor, rms: Tensor, block_size: int) -> Any:
         return real(below, rms.mean(dim=0, keepdim=True).expand_as(rms), block_size)
 
     MegaContextGPTModel.gister = staticmethod(leaking)
@@ -176,8 +176,8 @@ def _carry(change: Callable[[SpanMetadata], SpanMetadata]) -> None:
 
     real = SpanCarrier.carrying
 
-    def carrying(self: SpanCarrier, spans: SpanMetadata) -> Any:
-        return real(self, change(spans))
+    def carrying(self: SpanCarrier, spans: SpanMetadata, *rest: Any) -> Any:
+        return real(self, change(spans), *rest)
 
     SpanCarrier.carrying = carrying
 

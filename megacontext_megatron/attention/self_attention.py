@@ -14,7 +14,7 @@ from megacontext_megatron.attention.transformer_config import MegaContextTransfo
 from megacontext_megatron.config import Settings
 from megacontext_megatron.position.frequencies import rotary_frequencies
 from megacontext_megatron.position.gaussian import GaussianRotary, LearnableSigma, LogWidthBias
-from megacontext_megatron.spans.metadata import CARRIER_COLUMNS, SpanMetadata
+from megacontext_megatron.spans.metadata import SpanMetadata, is_carrier
 
 if TYPE_CHECKING:
     from megacontext_megatron.kernels.gaussian import FusedGaussianRotary
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class SpanSelfAttention(SelfAttention):
     """Megatron's SelfAttention with positions that belong to rows.
 
-    `rotary_pos_emb` must be the carrier of spans.metadata, [s, b, 1, 6] float64; without it a layer refuses to run,
+    `rotary_pos_emb` must be the carrier of spans.metadata, [s, b, 1, 6 or 7] float64; without it a layer refuses to run,
     so that no run can end without positions.  q and k are finished after QK-norm and before any cache, context
     parallel exchange or selective recomputation.
     """
@@ -71,7 +71,7 @@ class SpanSelfAttention(SelfAttention):
 
         Raises RuntimeError when the carrier is missing or has another shape.
         """
-        if not isinstance(rotary_pos_emb, Tensor) or rotary_pos_emb.shape[2:] != (1, len(CARRIER_COLUMNS)):
+        if not is_carrier(rotary_pos_emb):
             raise RuntimeError(f"layer {self.layer_number} received no span metadata, so it has no positions")
         self._carrier = rotary_pos_emb
         try:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from megacontext_megatron.config import ContextConfig
-from megacontext_megatron.context.gists import Gister, embedding_rms, rms_slope, summing_dtype
+from megacontext_megatron.context.gists import Gister, Gists, embedding_rms, rms_slope, summing_dtype
 from megacontext_megatron.spans.levels import entry_index
-from megacontext_megatron.spans.metadata import SpanMetadata
+from megacontext_megatron.spans.metadata import SpanMetadata, SpanShift
 
 
-def assemble_rows(tokens: Tensor, spans: SpanMetadata, context: ContextConfig, gister: Gister) -> Tensor:
-    """Return the rows [s, b V, h] that `spans` [b V, s] name, from the embeddings [C, b, h] of raw samples' tokens.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assembly:
+    """The rows [s, b V, h] of working contexts, the gists of every level from 1 on, and by how much rows move."""
+
+    rows: Tensor
+    levels: list[Gists]
+    shift: SpanShift | None = None
+
+
+def assemble_rows(
+    tokens: Tensor, spans: SpanMetadata, context: ContextConfig, gister: Gister, *, control: GistControl | None = None
+) -> Assembly:
+    """Return the rows that `spans` [b V, s] name, from the embeddings [C, b, h] of raw samples' tokens.
 
     Context j reads raw sample j div V; its rows cover every token at most once.  The table of entries is never built:
     tokens are gathered first, and the few rows that are gists are then written over.  Gradients are summed in the
-    same order in every run.
+    same order in every run.  `control` changes which gist a row gets (see GistControl).
     """
     contexts, rows_each = spans.start.shape
     number = torch.arange(contexts, device=tokens.device).unsqueeze(1)
@@ -27,31 +39,76 @@ def assemble_rows(tokens: Tensor, spans: SpanMetadata, context: ContextConfig, g
     is_token = spans.level == 0
     place = spans.start * tokens.shape[1] + sample
     tokens, rms, rows = cast(tuple[Tensor, Tensor, Tensor], _TokenRows.apply(tokens, place.t(), is_token.t()))
-    gists = gists_of(tokens, rms, context, gister)
-    most = min(rows_each, sum(level.shape[0] for level in gists))
+    levels = gists_of(tokens, rms, context, gister)
+    most = min(rows_each, sum(level.vectors.shape[0] for level in levels))
     if most == 0:
-        return rows
+        return Assembly(rows=rows, levels=levels)
     # As many rows of each context as could be gists, those that are first: no shape depends on a plan.
     row = is_token.to(torch.int8).argsort(dim=1, stable=True)[:, :most]
     start, level = spans.start.gather(1, row), spans.level.gather(1, row)
     entry = entry_index(start, level.long(), context.source_length, context.block_size)
     node = ((entry - context.source_length) * tokens.shape[1] + sample).clamp_min_(0)
+    chosen = control(levels) if control else levels
+    vectors = torch.cat([level.vectors for level in chosen])
     # Rows are numbered in the order of [s, b V].
-    return cast(Tensor, _WithGists.apply(rows, row * contexts + number, (node, level == 0), torch.cat(gists)))
+    rows = cast(Tensor, _WithGists.apply(rows, row * contexts + number, (node, level == 0), vectors))
+    return Assembly(rows=rows, levels=levels, shift=_shift_of(chosen, spans, row, (node, level == 0)))
 
 
-def gists_of(tokens: Tensor, rms: Tensor, context: ContextConfig, gister: Gister) -> list[Tensor]:
-    """Return the gists of every complete block of each level from 1 on, [C div K^level, b, h] each.
+def _shift_of(levels: list[Gists], spans: SpanMetadata, row: Tensor, nodes: tuple[Tensor, Tensor]) -> SpanShift | None:
+    """Return by how much each row [b V, s] moves; `row` and `nodes` as in _WithGists, rows numbered in a context."""
+    shifts = [level.shift for level in levels if level.shift is not None]
+    if not shifts:
+        return None
+    node, is_token = nodes
+    table = torch.cat(shifts).flatten(0, 1)
+    chosen = functional.embedding(node, table).masked_fill(is_token.unsqueeze(-1), 0.0)
+    whole = table.new_zeros(*spans.start.shape, table.shape[-1])
+    return SpanShift.bounded(whole.scatter(1, row.unsqueeze(-1).expand_as(chosen), chosen), spans.width)
+
+
+class GistControl(Protocol):
+    """Changes what rows get of gists: for a control experiment (shuffled_gists), or to keep gradients from them."""
+
+    def __call__(self, levels: list[Gists], /) -> list[Gists]:
+        """Return the levels that rows get their gists from."""
+        ...
+
+
+def shuffled_gists(levels: list[Gists], context: ContextConfig) -> list[Gists]:
+    """Give every gist that may stand in a row the vector of another such gist of its level, of another raw sample.
+
+    Where there is one raw sample it is from another place of it.  Nothing of the tokens that never collapse gets into a
+    row.  A level with one such gist keeps it.
+    """
+    shuffled, width = [], 1
+    for level in levels:
+        width *= context.block_size
+        first = -(-context.dropped_tokens // width)
+        last = (context.source_length - context.protected_tokens) // width
+        before, inside, behind = level.vectors.tensor_split([first, max(first, last)])
+        blocks, samples = inside.shape[:2]
+        far = blocks // 2 * samples + (samples > 1)
+        rolled = inside.flatten(0, 1).roll(far, dims=0).view_as(inside)
+        shuffled.append(level._replace(vectors=torch.cat([before, rolled, behind])))
+    return shuffled
+
+
+def gists_of(tokens: Tensor, rms: Tensor, context: ContextConfig, gister: Gister) -> list[Gists]:
+    """Return the gists of every complete block of each level from 1 on, C div K^level in each sample.
 
     `rms` [C, b] is that of the `tokens` [C, b, h].  A plan of tokens alone has no gists.
     """
-    levels, below = [], tokens
+    levels: list[Gists] = []
+    below = tokens
     for _ in range(context.max_level if context.plan != "recency" else 0):
         complete = below.shape[0] // context.block_size * context.block_size
+        if complete == 0:
+            break
         if complete < below.shape[0]:
             below, rms = below[:complete], rms[:complete]
-        below, rms = gister(below, rms, context.block_size)
-        levels.append(below)
+        levels.append(gister(below, rms, context.block_size))
+        below, rms = levels[-1].vectors, levels[-1].rms
     return levels
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,13 +15,26 @@ LEAST_RMS = math.sqrt(torch.finfo(torch.float32).tiny)
 """What an embedding of nothing but zeros counts as: a root has no gradient at 0."""
 
 
+class Gists(NamedTuple):
+    """The gists of one level: `vectors` [m, b, h], and `rms` [m, b], the mean RMS of their tokens' embeddings.
+
+    `shift` [m, b, 2], where gists move their own centre and spread, is what spans.metadata.SpanShift is made of, before
+    it is bounded; fp32.
+    """
+
+    vectors: Tensor
+    rms: Tensor
+    shift: Tensor | None = None
+
+
 class Gister(Protocol):
     """Makes the next level from a level: the replaceable part of working-context assembly."""
 
-    def __call__(self, below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        """Return gists [n / K, b, h] of `below` [n, b, h], and the mean RMS of their tokens' embeddings [n / K, b].
+    def __call__(self, below: Tensor, rms: Tensor, block_size: int) -> Gists:
+        """Return the gists of `below` [n, b, h], n / K of them in each sample.
 
-        `rms` [n, b] is that mean for each entry of `below`.  A gist may depend on nothing outside its block.
+        `rms` [n, b] is the mean RMS of the token embeddings that each entry of `below` stands for.  A gist may depend
+        on nothing outside its block.
         """
         ...
 
@@ -45,12 +58,12 @@ def rms_slope(gradient: Tensor, rms: Tensor, channels: int) -> Tensor:
     return gradient / (rms * channels)
 
 
-def mean_gists(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def mean_gists(below: Tensor, rms: Tensor, block_size: int) -> Gists:
     """Average each block and scale the average so that its RMS is the mean RMS of its own tokens' embeddings.
 
     Shapes as in Gister.  The scale reads the block alone, so no row learns of a later token.
     """
-    return cast(tuple[Tensor, Tensor], _ScaledMean.apply(below, rms, block_size))
+    return Gists(*cast(tuple[Tensor, Tensor], _ScaledMean.apply(below, rms, block_size)))
 
 
 class _ScaledMean(torch.autograd.Function):

@@ -26,7 +26,7 @@ class FusedGaussianRotary(GaussianRotary):
 
     def forward(self, query: Tensor, key: Tensor, spans: SpanMetadata) -> tuple[Tensor, Tensor]:
         """Return finished query [s, b, np, hn] and key [s, b, ng, hn]; spans are [s, b]."""
-        places = RowPlaces(doubled_centre=spans.doubled_centre, sigma=self.sigma(spans))
+        places = RowPlaces(doubled_centre=spans.doubled_centre, sigma=self.sigma(spans), offset=spans.offset)
         return span_rotary(query, key, places, self._frequency_table(query.device), self._options)
 
     def split(
@@ -36,10 +36,12 @@ class FusedGaussianRotary(GaussianRotary):
 
         Where sigma is not learned, the kernel reads places from the carrier as it is.
         """
-        centre, sigma = carried_places(carrier)
+        centre, sigma, offset = carried_places(carrier)
         if self.sigma_scale is not None:
             sigma = self.sigma(SpanMetadata.unpack(carrier))
-        places = RowPlaces(doubled_centre=centre, sigma=sigma)
+        elif offset is not None:
+            sigma = sigma.float()
+        places = RowPlaces(doubled_centre=centre, sigma=sigma, offset=None if offset is None else offset.float())
         return split_span_rotary(mixed, head_dim, places, self._frequency_table(mixed.device), self._options, norm=norm)
 
     @torch.inference_mode(False)  # a table made in a validation must serve the backward of training

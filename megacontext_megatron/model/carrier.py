@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megacontext_megatron.config import SigmaRule
-from megacontext_megatron.spans.metadata import SpanMetadata
+from megacontext_megatron.spans.metadata import SpanMetadata, SpanShift
 
 
 class SpanCarrier(torch.nn.Module):
@@ -20,15 +20,20 @@ class SpanCarrier(torch.nn.Module):
     argument, the only per-row one that survives recomputation and pipelining with several micro-batches in flight.
     """
 
-    def __init__(self, rule: SigmaRule) -> None:
+    def __init__(self, rule: SigmaRule, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Take the rule of spreads, and what sums a gradient over the tensor-parallel ranks that share out heads."""
         super().__init__()
         self._rule: SigmaRule = rule
+        self._sum_over_ranks = sum_over_ranks
         self._packed: Tensor | None = None
 
     @contextmanager
-    def carrying(self, spans: SpanMetadata) -> Iterator[None]:
-        """Carry `spans` [b, s] through the forward inside the `with` block."""
-        self._packed = spans.pack(self._rule)
+    def carrying(
+        self, spans: SpanMetadata, shift: SpanShift | None = None, sigma_factor: float = 1.0
+    ) -> Iterator[None]:
+        """Carry `spans` [b, s], moved by `shift`, spreads times `sigma_factor`, through the forward in the block."""
+        packed = spans.pack(self._rule, shift, sigma_factor)
+        self._packed = self._sum_over_ranks(packed) if packed.requires_grad else packed
         try:
             yield
         finally:
@@ -39,7 +44,7 @@ class SpanCarrier(torch.nn.Module):
         return 0
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
-        """Return the carrier [s, b, 1, 6]; raises RuntimeError outside `carrying`."""
+        """Return the carrier [s, b, 1, 6 or 7]; raises RuntimeError outside `carrying`."""
         if self._packed is None:
             raise RuntimeError("the model was called without span metadata: pass spans= to its forward")
         return self._packed

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    get_cuda_rng_tracker,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megacontext_megatron.attention.layer_spec import decoder_block_spec
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
-from megacontext_megatron.context.assembly import assemble_rows
+from megacontext_megatron.context.assembly import Assembly, assemble_rows
+from megacontext_megatron.context.block_groups import BlockGroups
+from megacontext_megatron.context.gistnet import GistNet
 from megacontext_megatron.context.gists import Gister, mean_gists
 from megacontext_megatron.model.carrier import SpanCarrier
+from megacontext_megatron.model.requests import AttachedLoss, RowOutputs, RowRequest
 from megacontext_megatron.position.parameters import PositionalParameters
 from megacontext_megatron.spans.metadata import SpanMetadata
 
@@ -23,7 +31,7 @@ class MegaContextGPTModel(GPTModel):
     """GPTModel whose rows are the tokens and gists of working contexts.
 
     Called by keyword with `spans` [b, s] on every pipeline stage; the first stage also takes `input_ids`, the raw
-    samples' C tokens [b / V, C], and embeds each once for all its contexts.
+    samples' C tokens [b / V, C], embeds each once for all its contexts, and holds GistNet where gists are learned.
     """
 
     config: MegaContextTransformerConfig
@@ -31,28 +39,71 @@ class MegaContextGPTModel(GPTModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        gaussian = self.config.settings.gaussian
-        assert gaussian is not None
-        self.rotary_pos_emb = SpanCarrier(gaussian.sigma)
+        settings, groups = self.config.settings, self.pg_collection
+        assert settings.gaussian is not None
+        self.rotary_pos_emb = SpanCarrier(settings.gaussian.sigma, self._sum_over_ranks)
+        self.gist_net: GistNet | None = None
+        if settings.gist.learned and self.pre_process:
+            shared_over = BlockGroups.of(groups.tp, groups.cp)
+            self.gist_net = GistNet(settings.gist, settings.context.block_size, shared_over, settings.seed)
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return copy_to_tensor_model_parallel_region(value, group=self.pg_collection.tp)
 
     def forward(  # type: ignore[override]
-        self, input_ids: Tensor | None = None, *, spans: SpanMetadata, **kwargs: Any
-    ) -> Tensor:
-        """Return the loss of each row [b, s] where `labels` are given, else logits; as GPTModel does."""
-        decoder_input = self.assemble(input_ids, spans) if self.pre_process else None
-        with self.rotary_pos_emb.carrying(spans):
-            stage = {"input_ids": input_ids, "position_ids": None, "decoder_input": decoder_input}
-            return super().forward(**cast(dict[str, Any], stage), **kwargs)
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        spans: SpanMetadata,
+        request: RowRequest | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | RowOutputs:
+        """Return the RowOutputs of the last stage where `labels` [b, s] are given, else what GPTModel returns."""
+        request = request or RowRequest()
+        assembly = self.assemble(input_ids, spans, request) if self.pre_process else None
+        with self.rotary_pos_emb.carrying(spans, assembly and assembly.shift, request.sigma_factor):
+            stage = {"input_ids": input_ids, "position_ids": None, "labels": labels}
+            if labels is not None:
+                stage |= {"output_processor": self._outputs, "output_processor_context": (request, assembly, spans)}
+            return super().forward(
+                **cast(dict[str, Any], stage), decoder_input=cast(Tensor, assembly and assembly.rows), **kwargs
+            )
 
-    def assemble(self, input_ids: Tensor | None, spans: SpanMetadata) -> Tensor:
+    def _outputs(
+        self,
+        hidden_states: Tensor,
+        *,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        labels: Tensor,
+        context: tuple[RowRequest, Assembly | None, SpanMetadata],
+        **_: Any,
+    ) -> RowOutputs:
+        """Return what the last stage was asked for of its final hidden states [s, b, h], as GPTModel computes it."""
+        request, assembly, spans = context
+        logits = self._scale_logits(output_layer(hidden_states, weight=output_weight)[0])
+        # Read first: the loss writes over logits in fp32.
+        last = None if request.last_rows is None else logits.index_select(0, request.last_rows)
+        return RowOutputs(losses=self.compute_language_model_loss(labels, logits), last_logits=last)
+
+    def assemble(self, input_ids: Tensor | None, spans: SpanMetadata, request: RowRequest) -> Assembly:
         """Return the decoder's input rows, [s, b, h], or this rank's part of them under sequence parallelism."""
         if input_ids is None:
             raise RuntimeError("the first pipeline stage received no tokens")
         context = self.config.settings.context
         if context.plan == "recency":
             rows = self._embedded(input_ids.gather(1, spans.start)).transpose(0, 1).contiguous()
-        else:
-            rows = assemble_rows(self._embedded(input_ids.t().contiguous()), spans, context, self.gister)
+            return Assembly(rows=self._own_rows(rows), levels=[])
+        tokens = self._embedded(input_ids.t().contiguous())
+        gister = self.gist_net or self.gister
+        assembly = assemble_rows(tokens, spans, context, gister, control=request.control)
+        rows = assembly.rows
+        if request.gist_loss is not None:
+            rows = AttachedLoss.attach(rows, request.gist_loss(assembly.levels))
+        return replace(assembly, rows=self._own_rows(rows))
+
+    def _own_rows(self, rows: Tensor) -> Tensor:
         if self.config.fp32_residual_connection:
             rows = rows.float()
         if not self.config.sequence_parallel:
@@ -68,7 +119,7 @@ class MegaContextGPTModel(GPTModel):
         return tokens
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load as the parent does, then verify that every positional parameter holds what the checkpoint holds.
+        """Load as the parent does, then verify that every parameter of the plugin holds what the checkpoint holds.
 
         Raises RuntimeError naming the keys otherwise: Megatron retries a failed strict load leniently, which would
         leave them at their initial values.
@@ -76,7 +127,7 @@ class MegaContextGPTModel(GPTModel):
         result = super().load_state_dict(state_dict, *args, **kwargs)
         wrong = [
             key
-            for key, value in positional_parameters(self).items()
+            for key, value in plugin_parameters(self).items()
             if key not in state_dict or not torch.equal(value.detach(), state_dict[key].to(value))
         ]
         if wrong:
@@ -84,13 +135,13 @@ class MegaContextGPTModel(GPTModel):
         return result
 
 
-def positional_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return every learnable positional parameter of a model by its full name."""
+def plugin_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return every parameter of a model that Megatron's own model does not have, by its full name."""
     return {
         f"{prefix}.{name}" if prefix else name: parameter
         for prefix, module in model.named_modules()
-        if isinstance(module, PositionalParameters)
-        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, PositionalParameters | GistNet)
+        for name, parameter in module.named_parameters(recurse=isinstance(module, GistNet))
     }
 
 

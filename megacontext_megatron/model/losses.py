@@ -22,15 +22,18 @@ class Targets:
     mask: Tensor
 
 
-def row_targets(text: Tensor, token_mask: Tensor, spans: SpanMetadata) -> Targets:
+def row_targets(text: Tensor, token_mask: Tensor, spans: SpanMetadata, after_token: int | None = None) -> Targets:
     """Return the targets of rows [b, s] over raw samples: `text` int64 [b / V, C + 1], `token_mask` [b / V, C].
 
-    A row counts where the last token it covers counts in Megatron's own loss mask.
+    A row counts where the last token it covers counts in Megatron's own loss mask, and is `after_token` if given.
     """
     contexts = spans.start.shape[0]
     sample = torch.arange(contexts, device=text.device) // (contexts // text.shape[0])
     end = spans.end.long()
-    return Targets(labels=text[sample].gather(1, end), mask=token_mask[sample].gather(1, end - 1).float())
+    mask = token_mask[sample].gather(1, end - 1).float()
+    if after_token is not None:
+        mask = mask * (text[sample].gather(1, end - 1) == after_token)
+    return Targets(labels=text[sample].gather(1, end), mask=mask)
 
 
 def row_sums(losses: Tensor, targets: Targets, spans: SpanMetadata, context: ContextConfig) -> dict[str, Tensor]:

@@ -16,12 +16,14 @@ from megacontext_megatron.data.batch import Batch, BatchLayout, broadcast_batch,
 from megacontext_megatron.data.samples import Item
 from megacontext_megatron.model.guard import GistGuard
 from megacontext_megatron.model.losses import Report, Targets, evaluation_report, row_sums, row_targets, shortened_sums
+from megacontext_megatron.model.objective import TrainingObjective, counted, weighted_mask
 from megacontext_megatron.model.parallel_groups import tensor_parallel_group
+from megacontext_megatron.model.requests import RowOutputs, RowRequest
 from megacontext_megatron.spans.context_parallel import slice_rows
 from megacontext_megatron.spans.metadata import SpanMetadata
 
 Observer = Callable[[dict[str, Tensor]], None]
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
+LossFunction = Callable[[Tensor | RowOutputs], tuple[Tensor, Tensor, Report]]
 
 
 def reads_tokens(settings: Settings, vp_stage: int | None) -> bool:
@@ -37,7 +39,8 @@ def reads_tokens(settings: Settings, vp_stage: int | None) -> bool:
 class ForwardStep:
     """Megatron's `forward_step_func` for working contexts; call it with a data iterator and a model.
 
-    `observe` receives the detached row sums of every training micro-batch on the last stage, `check` every loss.
+    `objective` is what training adds to the next-token loss.  `observe` receives the detached row sums of every training
+    micro-batch on the last stage, `check` every loss.
     `per_token_loss` is `--calculate-per-token-loss`, under which Megatron divides by all ranks' counts itself.
     `timers` is Megatron's, whose `batch-generator` timer it runs.
     """
@@ -48,6 +51,7 @@ class ForwardStep:
     needs_mask: bool
     per_token_loss: bool
     timers: Any
+    objective: TrainingObjective | None = None
     observe: Observer | None = None
     guard: GistGuard | None = None
     check: Callable[[Tensor], None] | None = None
@@ -66,8 +70,9 @@ class ForwardStep:
         spans = self._local_spans(batch)
         targets = None
         if batch.text is not None and batch.mask is not None:
-            targets = row_targets(batch.text, batch.mask, spans)
-        output = self._run(model, batch, spans, targets)
+            targets = row_targets(batch.text, batch.mask, spans, self.settings.objective.after_token)
+        request = self.objective.request() if self.objective is not None and model.training else RowRequest()
+        output = self._run(model, batch, spans, targets, request)
         return output, self._loss_function(targets, spans, batch.shortened, training=model.training)
 
     def _next_batch(self, iterator: Iterator[Item], model: torch.nn.Module, vp_stage: int | None) -> Batch:
@@ -89,7 +94,14 @@ class ForwardStep:
         start, level = (slice_rows(rows, size, rank) for rows in (batch.start, batch.level))
         return SpanMetadata.of_nodes(start, level, self.settings.context.block_size)
 
-    def _run(self, model: torch.nn.Module, batch: Batch, spans: SpanMetadata, targets: Targets | None) -> Tensor:
+    def _run(
+        self,
+        model: torch.nn.Module,
+        batch: Batch,
+        spans: SpanMetadata,
+        targets: Targets | None,
+        request: RowRequest,
+    ) -> Tensor:
         common = {
             "attention_mask": self._mask(batch.start.shape[1], batch.start.device) if self.needs_mask else None,
             "labels": None if targets is None else targets.labels,
@@ -98,7 +110,7 @@ class ForwardStep:
         # Keywords: Megatron's half-precision wrapper casts positional floating-point arguments.
         if self.settings.gaussian is not None:
             tokens = None if batch.text is None else batch.text[:, :-1]
-            return model(input_ids=tokens, spans=spans, **common)
+            return model(input_ids=tokens, spans=spans, request=request, **common)
         tokens = None if batch.text is None else batch.text.gather(1, spans.start)
         return model(input_ids=tokens, position_ids=spans.start, **common)
 
@@ -113,22 +125,28 @@ class ForwardStep:
     ) -> LossFunction:
         context: ContextConfig = self.settings.context
 
-        def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, Report]:
+        def loss_function(outputs: Tensor | RowOutputs) -> tuple[Tensor, Tensor, Report]:
             assert targets is not None
-            total = (losses.float() * targets.mask).sum()
+            outputs = RowOutputs(losses=outputs) if isinstance(outputs, Tensor) else outputs
+            losses = outputs.losses.float()
             count = targets.mask.sum()
-            report = {"lm loss": torch.stack([total.detach(), count])}
+            report = {"lm loss": torch.stack([(losses.detach() * targets.mask).sum(), count])}
             sums = row_sums(losses, targets, spans, context) | shortened_sums(shortened, context)
+            terms = self.objective.terms(outputs, targets, spans) if training and self.objective is not None else {}
             if not training:
                 report |= evaluation_report(sums, context)
             elif self.observe is not None:
-                self.observe(sums)
-            own, count = total, count.to(torch.int)
+                self.observe(sums | {f"term/{name}": counted(value) for name, (_, value) in terms.items()})
+            total = (losses * weighted_mask(targets, spans, self.settings.objective)).sum()
+            count = count.to(torch.int)
             if not self.per_token_loss:
                 total, count = _over_context_parallel(total, count)
+            for weight, value in terms.values():
+                # Megatron divides by the count.
+                total = total + weight * value * count
             # Last, because it waits for the device, which would idle through what the host enqueues after it.
             if self.check is not None:
-                self.check(own)
+                self.check(total)
             return total, count, report
 
         return loss_function

@@ -100,8 +100,12 @@ class GaussianRotary(torch.nn.Module):
         self.sigma_scale = learnable
 
     def sigma(self, spans: SpanMetadata) -> Tensor:
-        """Return the spread of each row, fp32 [s, b, groups] in tokens; groups is 1 unless it is learned per head."""
-        sigma = base_sigma(spans.width, self._config.sigma).unsqueeze(-1)
+        """Return the spread of each row, fp32 [s, b, groups] in tokens; groups is 1 unless it is learned per head.
+
+        It is the carried spread where the spans come from a carrier, else that of the rule.
+        """
+        carried = spans.sigma
+        sigma = (base_sigma(spans.width, self._config.sigma) if carried is None else carried).unsqueeze(-1)
         if self.sigma_scale is None:
             return sigma
         # Chosen level by level: an indexed lookup would sort thousands of equal indices for its gradient.  A level
@@ -116,7 +120,10 @@ class GaussianRotary(torch.nn.Module):
         """Return finished query [s, b, np, hn] and key [s, b, ng, hn]; spans are [s, b]."""
         frequencies = self._frequencies = self._frequencies.to(query.device)
         angles = exact_angles if self._config.phase == "exact" else megatron_angles
-        angle = angles(spans.doubled_centre, frequencies).unsqueeze(2)
+        angle = angles(spans.doubled_centre, frequencies)
+        if spans.offset is not None:
+            angle = angle + spans.offset.unsqueeze(-1) * frequencies.omega
+        angle = angle.unsqueeze(2)
         cos, sin = angle.cos(), angle.sin()
         damp = damping(self.sigma(spans), frequencies.omega)
         q_damp = damp if self._config.sides == "qk" else torch.ones_like(damp[..., :1, :])

@@ -154,10 +154,10 @@ def waiting_in_the_backward() -> None:
 
     real = gpt.assemble_rows
 
-    def listen(*args: Any) -> Any:
-        rows = real(*args)
-        rows.register_hook(lambda gradient: gradient * float(gradient.isfinite().all()))
-        return rows
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        assembly = real(*args, **kwargs)
+        assembly.rows.register_hook(lambda gradient: gradient * float(gradient.isfinite().all()))
+        return assembly
 
     gpt.assemble_rows = listen
 
@@ -202,7 +202,7 @@ def test_assembly_is_the_cpus_and_repeats_itself(dtype: torch.dtype) -> None:
     tokens, spans = embeddings(context, raw, seed=1), planned(context, raw)
     weights = torch.randn(context.window, 3 * raw, tokens.shape[2], generator=torch.Generator().manual_seed(1))
     exact = tokens.to(dtype).double().requires_grad_()
-    expected = assemble_rows(exact, spans, context, mean_gists)
+    expected = assemble_rows(exact, spans, context, mean_gists).rows
     expected.backward(weights.to(dtype).double())
     there = type(spans)(**{name: getattr(spans, name).cuda() for name in ("start", "width", "level", "modality")})
     runs = []
@@ -211,7 +211,7 @@ def test_assembly_is_the_cpus_and_repeats_itself(dtype: torch.dtype) -> None:
         gradient = weights.to("cuda", dtype)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            rows = assemble_rows(moved, there, context, mean_gists)
+            rows = assemble_rows(moved, there, context, mean_gists).rows
             rows.backward(gradient)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -32,7 +32,7 @@ def positional_gradients() -> list[dict[str, list[float]]]:
     """Record the final gradients of all positional parameters of this rank by name, a dictionary a step."""
     import megatron.core.distributed as distributed
 
-    from megacontext_megatron.model.gpt import positional_parameters
+    from megacontext_megatron.model.gpt import plugin_parameters
 
     seen: list[dict[str, list[float]]] = []
     real = distributed.finalize_model_grads
@@ -40,7 +40,7 @@ def positional_gradients() -> list[dict[str, list[float]]]:
     def record(model: list[Any], *args: Any, **kwargs: Any) -> None:
         real(model, *args, **kwargs)
         found = {
-            f"{chunk}.{name}": p for chunk, part in enumerate(model) for name, p in positional_parameters(part).items()
+            f"{chunk}.{name}": p for chunk, part in enumerate(model) for name, p in plugin_parameters(part).items()
         }
         seen.append({name: cast(Any, parameter).main_grad.tolist() for name, parameter in found.items()})
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megacontext_megatron.config import ContextConfig
 from megacontext_megatron.context.assembly import assemble_rows, gists_of
-from megacontext_megatron.context.gists import GREATEST_GAIN, Gister, embedding_rms, mean_gists
+from megacontext_megatron.context.gists import GREATEST_GAIN, Gister, Gists, embedding_rms, mean_gists
 from megacontext_megatron.spans.metadata import SpanMetadata
 from megacontext_megatron.spans.plan import plan_rows
 
@@ -82,7 +82,7 @@ def small(variants: int = 1, **changes: Any) -> ContextConfig:
 
 def entry_table(tokens: Tensor, context: ContextConfig, gister: Gister = mean_gists) -> Tensor:
     """Return tokens [C, b, h] followed by the gists of every complete block of each level: [entries, b, h]."""
-    return torch.cat([tokens, *gists_of(tokens, embedding_rms(tokens), context, gister)])
+    return torch.cat([tokens, *(level.vectors for level in gists_of(tokens, embedding_rms(tokens), context, gister))])
 
 
 def every_node(context: ContextConfig) -> SpanMetadata:
@@ -105,7 +105,7 @@ def test_the_small_context_has_all_levels():
 def test_rows_are_those_of_the_loop(variants: int, raw: int, seed: int):
     context = small(variants)
     tokens, spans = embeddings(context, raw, seed), planned(context, raw, seed)
-    got = assemble_rows(tokens, spans, context, mean_gists)
+    got = assemble_rows(tokens, spans, context, mean_gists).rows
     assert (got.shape, got.dtype) == ((context.window, raw * variants, HIDDEN), torch.float32)
     expected = naive_rows(tokens.double(), spans, variants, context.block_size)
     assert_same(got, expected, FP32_RTOL)
@@ -117,7 +117,7 @@ def test_gradients_are_those_of_the_loop(variants: int, raw: int, seed: int):
     spans = planned(context, raw, seed)
     fast = embeddings(context, raw, seed).requires_grad_()
     naive = fast.detach().double().requires_grad_()
-    rows = assemble_rows(fast, spans, context, mean_gists)
+    rows = assemble_rows(fast, spans, context, mean_gists).rows
     weights = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     (rows * weights.float()).sum().backward()
     (naive_rows(naive, spans, variants, context.block_size) * weights.float().double()).sum().backward()
@@ -134,23 +134,23 @@ def test_tokens_may_lie_in_memory_in_any_order():
     for tokens in (dense, dense.transpose(0, 1).contiguous().transpose(0, 1)):
         leaf = tokens.detach().requires_grad_()
         assert leaf.stride() == tokens.stride()
-        rows = assemble_rows(leaf, spans, context, mean_gists)
+        rows = assemble_rows(leaf, spans, context, mean_gists).rows
         gradients += torch.autograd.grad(rows.square().sum(), leaf)
     assert torch.equal(gradients[1], gradients[0])
 
 
-def plain_mean(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def plain_mean(below: Tensor, rms: Tensor, block_size: int) -> Gists:
     """Average each block and bend the average: a gister that knows nothing of sizes, by autograd alone."""
     blocks = below.unflatten(0, (-1, block_size))
-    return blocks.mean(dim=1).sin(), rms.unflatten(0, (-1, block_size)).mean(dim=1)
+    return Gists(blocks.mean(dim=1).sin(), rms.unflatten(0, (-1, block_size)).mean(dim=1))
 
 
-def sized_mean(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def sized_mean(below: Tensor, rms: Tensor, block_size: int) -> Gists:
     """Do what mean_gists says, by autograd alone."""
     mean = below.unflatten(0, (-1, block_size)).mean(dim=1)
     target = rms.unflatten(0, (-1, block_size)).mean(dim=1)
     size = torch.maximum(embedding_rms(mean), target / GREATEST_GAIN)
-    return mean * (target / size).unsqueeze(-1), target
+    return Gists(mean * (target / size).unsqueeze(-1), target)
 
 
 @pytest.mark.parametrize("gister", [plain_mean, mean_gists])
@@ -159,13 +159,13 @@ def test_gradients_check(gister: Gister, variants: int):
     context = small(variants=variants)
     spans = planned(context, raw=2)
     tokens = embeddings(context, 2, seed=3, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: assemble_rows(t, spans, context, gister), (tokens,), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda t: assemble_rows(t, spans, context, gister).rows, (tokens,), fast_mode=True)
 
 
 def test_gradients_of_gists_and_of_their_sizes_check():
     tokens = embeddings(small(), 2, seed=9, dtype=torch.float64)[:12].requires_grad_()
     sizes = torch.rand(12, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda below, rms: mean_gists(below, rms, 3), (tokens, sizes))
+    assert torch.autograd.gradcheck(lambda below, rms: mean_gists(below, rms, 3)[:2], (tokens, sizes))
     assert torch.autograd.gradcheck(embedding_rms, (tokens,))
 
 
@@ -180,7 +180,7 @@ def test_blocks_that_cancel_have_the_gradients_of_autograd(seed: int, cancel: fl
     gradients = []
     for gister in (mean_gists, sized_mean):
         inputs = [tokens.clone().requires_grad_(), embedding_rms(tokens).mul(1.5).requires_grad_()]
-        gists, targets = gister(inputs[0], inputs[1], 2)
+        gists, targets = gister(inputs[0], inputs[1], 2)[:2]
         gradients.append(torch.autograd.grad((gists * weights).sum() + (targets * weights[..., 0]).sum(), inputs))
     for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
@@ -192,9 +192,9 @@ def test_a_learned_gister_gets_gradients_and_gives_them_to_tokens():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.eye(HIDDEN, dtype=torch.float64).mul(0.7))
 
-        def forward(self, below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-            gists, rms = plain_mean(below, rms, block_size)
-            return (gists @ self.weight) * rms.unsqueeze(-1), rms
+        def forward(self, below: Tensor, rms: Tensor, block_size: int) -> Gists:
+            gists, rms, _ = plain_mean(below, rms, block_size)
+            return Gists((gists @ self.weight) * rms.unsqueeze(-1), rms)
 
     context, learned = small(variants=2), Learned()
     spans = planned(context, raw=2)
@@ -204,7 +204,7 @@ def test_a_learned_gister_gets_gradients_and_gives_them_to_tokens():
         def gister(below: Tensor, rms: Tensor, block_size: int) -> Any:
             return torch.func.functional_call(learned, {"weight": weight}, (below, rms, block_size))
 
-        return assemble_rows(t, spans, context, gister)
+        return assemble_rows(t, spans, context, gister).rows
 
     assert torch.autograd.gradcheck(rows, (tokens, learned.weight), fast_mode=True)
 
@@ -217,7 +217,7 @@ def test_half_precision_gradients_round_each_sum_a_few_times(dtype: torch.dtype)
     weights = torch.randn(context.window, 3 * raw, HIDDEN, generator=generator).to(dtype)
     gradients = []
     for inputs in (tokens.clone().requires_grad_(), tokens.double().requires_grad_()):
-        rows = assemble_rows(inputs, spans, context, mean_gists)
+        rows = assemble_rows(inputs, spans, context, mean_gists).rows
         gradients += torch.autograd.grad(rows, inputs, weights.to(rows.dtype))
     # Once for each variant, and in each of the two gists above.
     assert_same(gradients[0], gradients[1], 8 * torch.finfo(dtype).eps)
@@ -229,13 +229,13 @@ def test_samples_do_not_touch_each_others_gradients():
     tokens, spans = embeddings(context, 3, seed=7), planned(context, 3)
     weights = torch.randn(context.window, 6, HIDDEN, generator=torch.Generator().manual_seed(7))
     together = tokens.clone().requires_grad_()
-    assemble_rows(together, spans, context, mean_gists).backward(weights)
+    assemble_rows(together, spans, context, mean_gists).rows.backward(weights)
     assert together.grad is not None
     for sample in range(3):
         alone = tokens[:, [sample]].clone().requires_grad_()
         own = slice(2 * sample, 2 * sample + 2)
         of_sample = SpanMetadata.of_nodes(spans.start[own], spans.level[own].long(), context.block_size)
-        assemble_rows(alone, of_sample, context, mean_gists).backward(weights[:, own].contiguous())
+        assemble_rows(alone, of_sample, context, mean_gists).rows.backward(weights[:, own].contiguous())
         assert alone.grad is not None
         assert torch.equal(alone.grad[:, 0], together.grad[:, sample])
 
@@ -256,20 +256,20 @@ def test_table_holds_every_complete_node_in_order(block_size: int, blocks: int, 
     assert table.shape[0] == spans.start.shape[1]
     expected = naive_rows(tokens.double(), spans, 1, block_size)
     assert_same(table, expected, FP32_RTOL)
-    assert torch.equal(assemble_rows(tokens, spans, context, mean_gists), table)
+    assert torch.equal(assemble_rows(tokens, spans, context, mean_gists).rows, table)
 
 
 def test_recency_rows_are_the_tokens_themselves():
     context = ContextConfig.tokens_only(10)
     tokens = embeddings(context, 2, seed=0)
     assert gists_of(tokens, embedding_rms(tokens), context, mean_gists) == []
-    assert torch.equal(assemble_rows(tokens, planned(context, 2), context, mean_gists), tokens)
+    assert torch.equal(assemble_rows(tokens, planned(context, 2), context, mean_gists).rows, tokens)
 
 
 def test_token_rows_are_copied_bit_for_bit():
     context = small(variants=2)
     tokens, spans = embeddings(context, 2, seed=1), planned(context, 2)
-    rows = assemble_rows(tokens, spans, context, mean_gists)
+    rows = assemble_rows(tokens, spans, context, mean_gists).rows
     for context_row in range(4):
         is_token = spans.level[context_row] == 0
         expected = tokens[spans.start[context_row][is_token], context_row // 2]
@@ -283,7 +283,7 @@ def test_gist_rms_is_the_mean_rms_of_its_tokens(seed: int, level: int, block_siz
     tokens = scale * torch.randn(3 * width, 2, HIDDEN, generator=generator)
     gists, targets = tokens, embedding_rms(tokens)
     for _ in range(level):
-        gists, targets = mean_gists(gists, targets, block_size)
+        gists, targets, _ = mean_gists(gists, targets, block_size)
     expected = rms(tokens.double()).view(3, width, 2).mean(dim=1)
     torch.testing.assert_close(targets.double(), expected, rtol=FP32_RTOL, atol=0)
     torch.testing.assert_close(rms(gists.double()), expected, rtol=FP32_RTOL, atol=0)
@@ -311,7 +311,7 @@ def test_a_gister_is_told_the_rms_of_tokens_at_every_level():
 
 def test_gist_points_where_the_mean_of_its_tokens_does():
     tokens = torch.tensor([[3.0, 0.0], [0.0, 4.0]]).unsqueeze(1)
-    gist, _ = mean_gists(tokens, embedding_rms(tokens), 2)
+    gist, *_ = mean_gists(tokens, embedding_rms(tokens), 2)
     size = (3 / 2**0.5 + 4 / 2**0.5) / 2
     expected = torch.tensor([[[0.6, 0.8]]]) * size * 2**0.5
     torch.testing.assert_close(gist, expected, rtol=FP32_RTOL, atol=0)
@@ -361,7 +361,7 @@ def test_variants_share_one_embedding():
     context = small(variants=3)
     spans = planned(context, raw=2)
     tokens = embeddings(context, 2, seed=4).requires_grad_()
-    rows = assemble_rows(tokens, spans, context, mean_gists)
+    rows = assemble_rows(tokens, spans, context, mean_gists).rows
     newest = tokens[-1].repeat_interleave(3, dim=0)
     assert torch.equal(rows[-1], newest)
     (gradient,) = torch.autograd.grad(rows[-1].sum(), tokens)
@@ -370,7 +370,7 @@ def test_variants_share_one_embedding():
 
 def test_a_block_without_embeddings_has_a_finite_gradient():
     tokens = torch.zeros(4, 1, HIDDEN, requires_grad=True)
-    gists, targets = mean_gists(tokens, embedding_rms(tokens), 2)
+    gists, targets, _ = mean_gists(tokens, embedding_rms(tokens), 2)
     (gists.sum() + targets.sum()).backward()
     assert not gists.any()
     assert tokens.grad is not None
@@ -382,4 +382,4 @@ def test_a_source_shorter_than_a_level_2_block_has_no_such_entries():
     tokens = embeddings(context, 1, seed=0)
     table = entry_table(tokens, context)
     assert table.shape == (8 + 2, 1, HIDDEN)
-    assert torch.equal(assemble_rows(tokens, planned(context, 1), context, mean_gists), table[[8, 4, 5, 6, 7]])
+    assert torch.equal(assemble_rows(tokens, planned(context, 1), context, mean_gists).rows, table[[8, 4, 5, 6, 7]])

@@ -107,7 +107,7 @@ def expand(rows: list[Node], node: Node) -> list[Node]:
 def logits_of(module: GaussianRotary, rows: list[Node], offset: int) -> dict[tuple[Node, Node], torch.Tensor]:
     """Logits [np] of every pair of rows, from content and spans that went through the carrier."""
     start, level = (torch.tensor([column]) for column in zip(*rows, strict=True))
-    content_rows = assemble_rows(content(), SpanMetadata.of_nodes(start, level, BLOCK), CONTEXT, mean_gists)
+    content_rows = assemble_rows(content(), SpanMetadata.of_nodes(start, level, BLOCK), CONTEXT, mean_gists).rows
     spans = SpanMetadata.unpack(SpanMetadata.of_nodes(start + offset, level, BLOCK).pack("uniform"))
     heads = content_rows.unflatten(-1, (HEADS + GROUPS, CHANNELS))
     query, key = module(heads[:, :, :HEADS], heads[:, :, HEADS:], spans)
