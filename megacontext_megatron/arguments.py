@@ -26,6 +26,7 @@ from megacontext_megatron.flags import (
     ObjectiveFlags,
     PositionFlags,
     PredictionFlags,
+    TeacherFlags,
     WatchFlags,
 )
 from megacontext_megatron.objective_arguments import (
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def flag_table() -> str:
     """Return the plugin's flags as a Markdown table: flag, values, default, meaning."""
     parser = argparse.ArgumentParser(add_help=False)
-    groups = [ArgumentGroupFactory(flags).build_group(parser) for flags in (*RUN_FLAGS, EvaluationFlags)]
+    groups = [ArgumentGroupFactory(flags).build_group(parser) for flags in (*RUN_FLAGS, EvaluationFlags, TeacherFlags)]
     lines = ["| flag | values | default | meaning |", "|---|---|---|---|"]
     for group in groups:
         for action in group._group_actions:
@@ -73,6 +74,12 @@ def _kind(action: argparse.Action) -> str:
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group that only the evaluate command knows and return the parser."""
     ArgumentGroupFactory(EvaluationFlags).build_group(parser, title="evaluation")
+    return parser
+
+
+def add_teacher_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group that only the teacher command knows and return the parser."""
+    ArgumentGroupFactory(TeacherFlags).build_group(parser, title="teacher")
     return parser
 
 

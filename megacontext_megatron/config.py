@@ -253,7 +253,8 @@ class GistConfig:
 class ObjectiveConfig:
     """What is trained beside the next-token loss (`--mc-loss-*`, `--mc-phase`, `--mc-teacher`).
 
-    `after_token` counts only rows whose last covered token it is.  Phases are counted in contexts (`pooling_samples`).
+    Where `after_token` names ids, only rows whose last covered token is one of them count.  Phases are counted in
+    contexts (`pooling_samples`).
     """
 
     advantage: float = 0.0
@@ -261,7 +262,7 @@ class ObjectiveConfig:
     contrast: float = 0.0
     pooling: float = 0.0
     gist_rows: float = 1.0
-    after_token: int | None = None
+    after_token: tuple[int, ...] = ()
     phase: Phase = "substitution"
     pooling_samples: int = 0
     teacher: Teacher = "none"

@@ -1,14 +1,13 @@
 """`python -m megacontext_megatron.evaluate --load CHECKPOINT`: what collapsed history is worth.
 
-Computes the loss of the last H rows of held-out samples for three inputs with the same targets: the newest W tokens
-(recency), W rows that mix tokens and gists (mixed), and all C tokens as rows (full).  Model, tokenizer and data come
-from the checkpoint unless flags say otherwise; runs in one process or under torchrun in any layout.
+Computes loss and accuracy of the last H rows of held-out samples for inputs with the same targets: the newest W tokens
+(recency), W rows that mix tokens and gists (mixed), the same with gists exchanged (shuffled), and all C tokens as rows
+(full).  Model, tokenizer and data come from the checkpoint unless flags say otherwise; runs in one process or under
+torchrun in any layout.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megacontext_megatron.argv import value_of
-from megacontext_megatron.config import NLL_LAST, ConfigError, ContextConfig, Settings
+from megacontext_megatron.config import ConfigError
 from megacontext_megatron.pretrain import exit_with, prepare
 from megacontext_megatron.telemetry import names
 from megacontext_megatron.telemetry.report import EVALUATION_FILE
@@ -42,6 +41,7 @@ FROM_CHECKPOINT = (
     "data_cache_path",
     "seed",
     "eod_mask_loss",
+    "mc_loss_after_token",
     "transformer_impl",
     "gradient_accumulation_fusion",
     "masked_softmax_fusion",
@@ -65,52 +65,69 @@ SPLIT = ("split", "mock_data")
 """Arguments that belong to the checkpoint's data."""
 
 
+INPUTS = {
+    "recency": "recency",
+    "mixed": "mixed",
+    "full": "full",
+    "shuffled": "shuffled gists",
+}
+"""The inputs by name, and what the table calls them."""
+
+DELTAS = {
+    "advantage_delta": "advantage delta (mixed - recency)",
+    "substitution_delta": "substitution delta (mixed - full)",
+    "shuffled_delta": "shuffled delta (shuffled - mixed)",
+}
+"""Differences between inputs, by name, and what the table calls them; negative ones speak for what comes first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A mean over samples and its standard error, None where a single sample gives none."""
+
+    value: float
+    error: float | None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Losses in nats per token of the last `horizon` rows; None for what was not evaluated."""
+    """What was measured of the last `horizon` rows; what was not evaluated is absent.
+
+    `losses` are in nats per token, by the names of INPUTS and DELTAS.  `accuracy` is the share of rows whose label is
+    the most likely token, by input.  `probes` are differences in loss by metric.  `shuffled_across_samples` says
+    whether shuffled gists are of other samples.
+    """
 
     iteration: int
     samples: int
     source_length: int
     window: int
     horizon: int
-    recency: float
-    mixed: float | None
-    full: float | None
+    losses: dict[str, Estimate]
+    accuracy: dict[str, Estimate]
+    probes: dict[str, Estimate]
     bigram: float | None
-
-    @property
-    def advantage_delta(self) -> float | None:
-        """Mixed minus recency: negative where collapsed history helps."""
-        return None if self.mixed is None else self.mixed - self.recency
-
-    @property
-    def substitution_delta(self) -> float | None:
-        """Mixed minus full: what gists lose against the tokens they stand for."""
-        return None if self.mixed is None or self.full is None else self.mixed - self.full
+    shuffled_across_samples: bool | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields and both deltas, under their own names and under those of telemetry.names."""
-        deltas = {"advantage_delta": self.advantage_delta, "substitution_delta": self.substitution_delta}
+        """Return everything by name, None where it was not evaluated; deltas under those of telemetry.names too."""
+        shape = ("iteration", "samples", "source_length", "window", "horizon", "bigram", "shuffled_across_samples")
+        losses = {name: self._loss(name) for name in (*INPUTS, *DELTAS)}
+        errors: dict[str, Any] = {name: each.error for name, each in self.losses.items()}
+        errors["accuracy"] = {name: each.error for name, each in self.accuracy.items()}
         metrics = {
-            names.ADVANTAGE.at(): self.advantage_delta,
-            names.SUBSTITUTION.at(H=self.horizon): self.substitution_delta,
+            names.ADVANTAGE.at(): losses["advantage_delta"],
+            names.SUBSTITUTION.at(H=self.horizon): losses["substitution_delta"],
+            names.SHUFFLED.at(): losses["shuffled_delta"],
         }
-        return {**dataclasses.asdict(self), **deltas, **metrics}
+        errors["probes"] = {name: each.error for name, each in self.probes.items()}
+        metrics |= {name: each.value for name, each in self.probes.items()}
+        accuracy = {name: each.value for name, each in self.accuracy.items()}
+        given = {name: getattr(self, name) for name in shape}
+        return {**given, **losses, "accuracy": accuracy, "errors": errors, **metrics}
 
-
-def contexts_to_evaluate(context: ContextConfig) -> dict[str, ContextConfig]:
-    """Return the context of each input by name; a run without collapsed history has only one."""
-    if context.source_length == context.window:
-        return {"recency": context}
-    recency = dataclasses.replace(context, variants=1, plan="recency")
-    full = dataclasses.replace(recency, window=context.source_length)
-    try:
-        mixed = dataclasses.replace(recency, plan="random" if context.plan == "recency" else context.plan)
-    except ConfigError as error:
-        print(f"> no mixed contexts: {error}")
-        return {"recency": recency, "full": full}
-    return {"recency": recency, "mixed": mixed, "full": full}
+    def _loss(self, name: str) -> float | None:
+        return self.losses[name].value if name in self.losses else None
 
 
 def restored_arguments(words: Sequence[str]) -> tuple[str, ...]:
@@ -141,10 +158,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError("--load is needed: the folder of the checkpoint to evaluate.")
         prepare([*words, *FIXED_FLAGS])
         from megacontext_megatron.arguments import add_evaluation_arguments, check_rows_divide
+        from megacontext_megatron.evaluation import evaluate
         from megacontext_megatron.run import parse
 
         args, settings = parse(add_evaluation_arguments, restored_arguments(words))
-        check_rows_divide(args, "--mc-source-length", settings.context.source_length)
+        if "full" in args.mc_eval_inputs:
+            check_rows_divide(args, "--mc-source-length", settings.context.source_length)
         evaluation = evaluate(args, settings)
     except ConfigError as error:
         exit_with(error)
@@ -159,143 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     destroy_process_group()
 
 
-def evaluate(args: argparse.Namespace, settings: Settings) -> Evaluation:
-    """Load the checkpoint that parsed arguments name and evaluate every input; collective over all ranks."""
-    from megatron.core.datasets.utils import Split
-    from megatron.training.checkpointing import load_checkpoint
-    from megatron.training.training import get_model, initialize_megatron
-
-    from megacontext_megatron.run import Run
-
-    initialize_megatron()
-    run = Run(args, settings)
-    model = get_model(run.model_provider, wrap_with_ddp=False)
-    iteration, _ = load_checkpoint(model, None, None)
-    raw = run.datasets.held_out(args.mc_eval_samples)
-    if raw is None:
-        raise ConfigError("there is no held-out data: give --valid-data-path, or a --split with a second part.")
-    losses = {}
-    for name, context in contexts_to_evaluate(settings.context).items():
-        data = run.datasets.contexts(raw, context, Split.valid)
-        losses[name] = last_rows_loss(args, dataclasses.replace(settings, context=context), model, data)
-    return Evaluation(
-        iteration=int(iteration),
-        samples=whole_steps(args) * samples_a_step(args),
-        source_length=settings.context.source_length,
-        window=settings.context.window,
-        horizon=settings.context.horizon,
-        recency=losses["recency"],
-        mixed=losses.get("mixed"),
-        full=losses.get("full"),
-        bigram=bigram(args, settings, raw) if args.mc_eval_bigram else None,
-    )
-
-
-def samples_a_step(args: argparse.Namespace) -> int:
-    """Return how many samples all data-parallel ranks take at a time: a micro-batch each."""
-    from megatron.core import mpu
-
-    return args.micro_batch_size * mpu.get_data_parallel_world_size()
-
-
-def whole_steps(args: argparse.Namespace) -> int:
-    """Return how many steps `--mc-eval-samples` fill; raises ConfigError for none."""
-    steps = args.mc_eval_samples // samples_a_step(args)
-    if steps < 1:
-        raise ConfigError(
-            f"--mc-eval-samples {args.mc_eval_samples} is less than a micro-batch on each data-parallel rank: ask for "
-            f"at least {samples_a_step(args)}."
-        )
-    return steps
-
-
-def last_rows_loss(args: argparse.Namespace, settings: Settings, model: list[Any], data: Any) -> float:
-    """Return the mean loss of the last H rows over held-out contexts, one for each sample; collective."""
-    import torch
-    from megatron.core import mpu
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.utils import get_model_config
-    from megatron.training import get_timers
-
-    from megacontext_megatron.model.losses import variant_names
-    from megacontext_megatron.model.parallel_groups import pipeline_group, row_group
-    from megacontext_megatron.model.step import ForwardStep
-
-    size = args.micro_batch_size
-    for chunk in model:
-        get_model_config(chunk).mc_settings = settings
-        chunk.eval()
-    step = ForwardStep(
-        settings=settings,
-        micro_batch_size=size,
-        eval_micro_batch_size=size,
-        needs_mask=args.transformer_impl == "local" and args.context_parallel_size == 1,
-        per_token_loss=args.calculate_per_token_loss,
-        timers=get_timers(),
-    )
-    iterators = [iter(loader(args, data)) for _ in model]
-    with torch.no_grad():
-        reports = get_forward_backward_func()(
-            forward_step_func=step.__call__,
-            data_iterator=iterators if len(model) > 1 else iterators[0],
-            model=model,
-            num_microbatches=whole_steps(args),
-            seq_length=settings.context.window,
-            micro_batch_size=size,
-            forward_only=True,
-        )
-    total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-    if reports:
-        key = NLL_LAST.format(H=settings.context.horizon, variant=variant_names(settings.context)[0])
-        total = torch.stack([report[key] for report in reports]).double().sum(dim=0)
-        torch.distributed.all_reduce(total, group=row_group())
-    last = mpu.get_pipeline_model_parallel_last_rank()
-    torch.distributed.broadcast(total, src=last, group=pipeline_group())
-    return float(total[0] / total[1])
-
-
-def loader(args: argparse.Namespace, data: Any) -> Any:
-    """Return a data loader over this data-parallel rank's held-out contexts, in Megatron's order."""
-    import torch
-    from megatron.core import mpu
-    from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
-
-    sampler = MegatronPretrainingSampler(
-        total_samples=args.mc_eval_samples,
-        consumed_samples=0,
-        micro_batch_size=args.micro_batch_size,
-        data_parallel_rank=mpu.get_data_parallel_rank(),
-        data_parallel_size=mpu.get_data_parallel_world_size(),
-    )
-    return torch.utils.data.DataLoader(data, batch_sampler=sampler)
-
-
-def bigram(args: argparse.Namespace, settings: Settings, raw: Any) -> float:
-    """Return the loss of an add-one bigram model of the training data on the same targets."""
-    from megacontext_megatron.data.bigram import GREATEST_VOCABULARY, add_one_nll, pair_counts
-    from megacontext_megatron.data.manifest import read_manifest
-    from megacontext_megatron.model.datasets import dataset_config, present_splits
-
-    config: Any = dataset_config(args, settings.context)
-    if config.mock or not present_splits(config)[0]:
-        raise ConfigError("--mc-eval-bigram needs training data: give --train-data-path, or --data-path and --split.")
-    if config.blend is not None:
-        (prefixes, _), share = config.blend, config.split_matrix[0]
-    else:
-        (prefixes, _), share = config.blend_per_split[0], (0.0, 1.0)
-    manifest = read_manifest(prefixes[0])
-    vocabulary = manifest.tokenizer.vocab_size if manifest else args.vocab_size
-    if vocabulary > GREATEST_VOCABULARY:
-        raise ConfigError(
-            f"--mc-eval-bigram counts pairs of tokens, which {vocabulary} token ids are too many for: leave it out "
-            f"beyond {GREATEST_VOCABULARY}."
-        )
-    samples = [raw[i] for i in range(whole_steps(args) * samples_a_step(args))]
-    return add_one_nll(pair_counts(prefixes, vocabulary, share), samples, settings.context.horizon)
-
-
 def print_table(evaluation: Evaluation) -> None:
-    """Print the losses as a table."""
+    """Print losses and accuracies as a table, with standard errors over samples."""
     from rich.console import Console
     from rich.table import Table
 
@@ -303,23 +187,33 @@ def print_table(evaluation: Evaluation) -> None:
         title=f"held-out loss of the last {evaluation.horizon} rows, iteration {evaluation.iteration}, "
         f"{evaluation.samples} samples"
     )
-    table.add_column("input")
-    table.add_column("rows", justify="right")
-    table.add_column("tokens of history", justify="right")
-    table.add_column("nats per token", justify="right")
+    for column in ("input", "rows", "tokens of history", "nats per token", "accuracy"):
+        table.add_column(column, justify="left" if column == "input" else "right")
     window, source = str(evaluation.window), str(evaluation.source_length)
-    rows = [
-        ("recency", window, window, evaluation.recency),
-        ("mixed", window, source, evaluation.mixed),
-        ("full", source, source, evaluation.full),
-        ("bigram, add one", "1", "1", evaluation.bigram),
-        ("advantage delta (mixed - recency)", "", "", evaluation.advantage_delta),
-        ("substitution delta (mixed - full)", "", "", evaluation.substitution_delta),
-    ]
-    for name, rows_used, tokens, loss in rows:
-        if loss is not None:
-            table.add_row(name, rows_used, tokens, f"{loss:.4f}")
+    lengths = {"recency": (window, window), "full": (source, source)}
+    for name, label in INPUTS.items():
+        if name in evaluation.losses:
+            accuracy = evaluation.accuracy.get(name)
+            table.add_row(
+                label,
+                *lengths.get(name, (window, source)),
+                shown(evaluation.losses[name]),
+                shown(accuracy) if accuracy else "",
+            )
+    if evaluation.bigram is not None:
+        table.add_row("bigram, add one", "1", "1", f"{evaluation.bigram:.4f}", "")
+    for name, label in DELTAS.items():
+        if name in evaluation.losses:
+            table.add_row(label, "", "", shown(evaluation.losses[name]), "")
+    for name, delta in evaluation.probes.items():
+        table.add_row(name, "", "", shown(delta), "")
     Console().print(table)
+
+
+def shown(estimate: Estimate) -> str:
+    """Return a mean with its standard error."""
+    error = "" if estimate.error is None else f" ± {estimate.error:.4f}"
+    return f"{estimate.value:.4f}{error}"
 
 
 if __name__ == "__main__":

@@ -113,8 +113,8 @@ class ObjectiveFlags:
     mc_loss_gist_rows: float = 1.0
     """Weight of the next-token loss of gist rows; tokens have 1."""
 
-    mc_loss_after_token: int | None = None
-    """Count only rows whose last covered token has this id, for question-answer data."""
+    mc_loss_after_token: list[int] | None = field(default=None, metadata={"argparse_meta": {"nargs": "+", "type": int}})
+    """Count only rows whose last covered token has one of these ids, for question-answer data."""
 
     mc_loss_advantage: float = 0.0
     """Weight of relu(loss of the last --mc-horizon rows minus that of the recency variant, which is held fixed)."""
@@ -203,6 +203,9 @@ RUN_FLAGS = {
 """The groups every command knows, and their titles in --help."""
 
 
+EVALUATION_INPUTS = ("recency", "mixed", "full", "shuffled")
+
+
 @dataclass
 class EvaluationFlags:
     """What evaluate does with a checkpoint."""
@@ -212,3 +215,22 @@ class EvaluationFlags:
 
     mc_eval_bigram: bool = False
     """Also evaluate an add-one bigram model of the training data on the same targets (byte-sized vocabularies)."""
+
+    mc_eval_inputs: list[str] = field(
+        default_factory=lambda: list(EVALUATION_INPUTS),
+        metadata={"argparse_meta": {"nargs": "+", "type": str, "choices": EVALUATION_INPUTS}},
+    )
+    """Inputs to evaluate: the newest rows as tokens, mixed contexts, all tokens as rows, or mixed contexts whose gists
+    are exchanged. full takes a forward of --mc-source-length rows."""
+
+    mc_eval_probes: bool = False
+    """Also scale every sigma, and put the rows before the protected tail of mixed contexts into another order."""
+
+
+@dataclass
+class TeacherFlags:
+    """What teacher writes."""
+
+    mc_teacher_samples: int = 0
+    """Raw training samples to cache, the first in the order of the run that will learn from them: its training contexts
+    divided by --mc-variants."""

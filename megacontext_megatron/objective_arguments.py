@@ -40,9 +40,13 @@ def gist_config(args: Namespace) -> GistConfig:
     """Return the settings of gists; raises ConfigError for flags that have no effect or cannot be honoured."""
     if args.mc_gist_kind == "mean":
         _refuse_changed(args, GistFlags, "--mc-gist-kind gistnet")
+    elif args.mc_plan == "recency":
+        raise ConfigError("--mc-gist-kind gistnet has no effect with --mc-plan recency, which collapses nothing.")
     if args.mc_gist_span_head:
         _check_span_head(args)
-    width = args.mc_gist_hidden_size or min(args.hidden_size, GREATEST_DEFAULT_WIDTH)
+    width = args.mc_gist_hidden_size
+    if width is None:
+        width = min(args.hidden_size, GREATEST_DEFAULT_WIDTH)
     given = {**_given(args, GistFlags, GistConfig, "mc_gist_"), "hidden_size": width}
     return GistConfig(hidden=args.hidden_size, **given)
 
@@ -58,6 +62,9 @@ def _check_span_head(args: Namespace) -> None:
         raise ConfigError("--mc-gist-span-head moves centres off the integers: use --gaussian-rope-phase exact.")
     if args.gaussian_rope_sigma == "none":
         raise ConfigError("--mc-gist-span-head has no sigma to scale with --gaussian-rope-sigma none.")
+    skipped = args.no_rope_freq
+    if skipped == 1 or (isinstance(skipped, list) and all(skipped)):
+        raise ConfigError("--mc-gist-span-head moves what no layer reads: --no-rope-freq leaves all without rotary.")
 
 
 def objective_config(args: Namespace, context: ContextConfig) -> ObjectiveConfig:
@@ -66,19 +73,21 @@ def objective_config(args: Namespace, context: ContextConfig) -> ObjectiveConfig
         f.name: getattr(args, f"mc_loss_{f.name}", getattr(args, f"mc_{f.name}", None))
         for f in dataclasses.fields(ObjectiveConfig)
     }
+    given["after_token"] = tuple(given["after_token"] or ())
     objective = ObjectiveConfig(**cast(dict[str, Any], given))
     for name in ("advantage", "kl", "contrast", "pooling", "gist_rows"):
         if getattr(objective, name) < 0:
             raise ConfigError(f"--mc-loss-{name.replace('_', '-')} {getattr(objective, name)} must not be negative.")
-    if objective.after_token is not None and objective.after_token < 0:
-        raise ConfigError(f"--mc-loss-after-token {objective.after_token} is no token id: give one of the tokenizer's.")
+    for token in objective.after_token:
+        if token < 0:
+            raise ConfigError(f"--mc-loss-after-token {token} is no token id: give the tokenizer's own.")
     if objective.advantage and context.variants < 2:
         raise ConfigError(
             "--mc-loss-advantage compares variants of a sample: give --mc-variants 2 or more, the first of which is "
             "the recency baseline."
         )
     _check_gist_terms(args, objective, context)
-    _check_teacher(args, objective)
+    _check_teacher(args, objective, context)
     return objective
 
 
@@ -94,11 +103,16 @@ def _check_gist_terms(args: Namespace, objective: ObjectiveConfig, context: Cont
         raise ConfigError(
             "--mc-phase pooling-then-substitution and --mc-pooling-samples, at which it goes over, need each other."
         )
+    if objective.phase == "pooling" and args.mc_gist_span_head:
+        raise ConfigError(
+            "--mc-gist-span-head would never learn with --mc-phase pooling, whose rows give gists no gradient: use "
+            "--mc-phase pooling-then-substitution or substitution."
+        )
     if objective.gist_rows != ObjectiveFlags().mc_loss_gist_rows and context.plan == "recency":
         raise ConfigError("--mc-loss-gist-rows has no effect without gists: every row is a token.")
 
 
-def _check_teacher(args: Namespace, objective: ObjectiveConfig) -> None:
+def _check_teacher(args: Namespace, objective: ObjectiveConfig, context: ContextConfig) -> None:
     if objective.kl and objective.teacher == "none":
         raise ConfigError("--mc-loss-kl needs a teacher: give --mc-teacher forward, or cache with --mc-teacher-path.")
     if objective.pooling and objective.teacher != "cache":
@@ -109,12 +123,29 @@ def _check_teacher(args: Namespace, objective: ObjectiveConfig) -> None:
         raise ConfigError(
             f"--mc-teacher {objective.teacher} teaches nothing without --mc-loss-kl or --mc-loss-pooling."
         )
-    if (objective.teacher == "cache") != (objective.teacher_path is not None):
+    writes = hasattr(args, "mc_teacher_samples")
+    if not writes and (objective.teacher == "cache") != (objective.teacher_path is not None):
         raise ConfigError("--mc-teacher cache and --mc-teacher-path, the folder of the cache, need each other.")
-    if objective.teacher == "forward" and args.pipeline_model_parallel_size > 1:
+    if objective.teacher == "forward":
+        _check_second_forward(args, context)
+
+
+def _check_second_forward(args: Namespace, context: ContextConfig) -> None:
+    if args.pipeline_model_parallel_size > 1:
         raise ConfigError(
             "--mc-teacher forward runs the model twice a micro-batch, which pipeline stages cannot: use --mc-teacher "
             "cache, or --pipeline-model-parallel-size 1."
+        )
+    if args.context_parallel_size > 1:
+        raise ConfigError(
+            f"--mc-teacher forward with --context-parallel-size {args.context_parallel_size} is not supported: the "
+            "last rows of the full context lie on other ranks than those of the window; use --mc-teacher cache."
+        )
+    ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    if context.source_length % ranks:
+        raise ConfigError(
+            f"--mc-source-length {context.source_length} must be a multiple of --tensor-model-parallel-size {ranks} "
+            "under --sequence-parallel, over which --mc-teacher forward shares out its rows."
         )
 
 
@@ -124,6 +155,8 @@ def prediction_config(args: Namespace, context: ContextConfig) -> PredictionConf
     if not prediction.active:
         _refuse_changed(args, PredictionFlags, "--mc-predict-level1 or --mc-predict-level2")
         return prediction
+    if context.plan == "recency":
+        raise ConfigError("--mc-predict-level1 and -level2 have no gists to predict with --mc-plan recency.")
     if args.pipeline_model_parallel_size > 1:
         raise ConfigError(
             "--mc-predict-level1 and -level2 are not supported with --pipeline-model-parallel-size "
@@ -183,6 +216,8 @@ def _stage(word: str, context: ContextConfig) -> CurriculumStage:
         parts = []
     if not 2 <= len(parts) <= 3:
         raise ConfigError(f"--mc-curriculum {word} is no stage: write SAMPLES:TOKENS or SAMPLES:TOKENS:LEVEL2_PROB.")
+    if len(parts) == 3 and context.plan == "heuristic":
+        raise ConfigError(f"--mc-curriculum {word} names a probability, which --mc-plan heuristic does not read.")
     return CurriculumStage(samples=samples, history=history, level2_prob=probability)
 
 

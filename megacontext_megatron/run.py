@@ -26,15 +26,18 @@ from megacontext_megatron.config import ConfigError, Settings
 from megacontext_megatron.context.gistnet import TENSOR_PARTIAL
 from megacontext_megatron.data.indexed import check_indexed_dataset
 from megacontext_megatron.data.manifest import TrainingTokenizer, check_tokenizer
-from megacontext_megatron.model.datasets import DatasetProvider
+from megacontext_megatron.model.datasets import DatasetProvider, check_teacher
 from megacontext_megatron.model.gpt import build_model
 from megacontext_megatron.model.guard import GistGuard
 from megacontext_megatron.model.objective import TrainingObjective
 from megacontext_megatron.model.parallel_groups import sum_over_context, sum_partial_gradients
 from megacontext_megatron.model.step import ForwardStep
+from megacontext_megatron.model.teaching import Teacher
 from megacontext_megatron.model.validation import loss_checks
 from megacontext_megatron.retrofit.checkpoint import check_checkpoint, require_checkpoint, restore_settings
+from megacontext_megatron.telemetry import flops
 from megacontext_megatron.telemetry.observer import TrainingObserver
+from megacontext_megatron.telemetry.probes import Prober, check_probes
 from megacontext_megatron.telemetry.sinks import Sinks
 
 Namespace = argparse.Namespace
@@ -79,13 +82,17 @@ def parse(
     _validate(args)
     _announce_fusion(args)
     settings = settings_from(args)
+    # As it is saved with a checkpoint: what follows from other flags could follow otherwise later.
+    args.mc_gist_hidden_size = settings.gist.hidden_size if settings.gist.learned else None
     check_data(args)
+    check_probes(args, settings, held_out=_holds_out(args))
     # Writers make their folders, so they come after the last refusal; two checks need the tokenizer.
     rebuild_tokenizer(args)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_tokenizers(args)
     check_end_of_document(args)
     _announce_padding(args)
+    check_teacher(args, settings)
     check_checkpoint(args)
     set_global_variables(args, build_tokenizer=False)
     return args, settings
@@ -141,6 +148,12 @@ def check_data(args: Namespace) -> None:
         )
     for prefix in _local_prefixes(blends):
         check_indexed_dataset(prefix)
+
+
+def _holds_out(args: Namespace) -> bool:
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    return _has_validation_data(args, get_blend_and_blend_per_split(args)[1])
 
 
 def check_tokenizers(args: Namespace) -> None:
@@ -217,6 +230,20 @@ def transformer_config(args: Namespace, settings: Settings) -> MegaContextTransf
     return config
 
 
+def _teacher(args: Namespace, settings: Settings) -> Teacher | None:
+    """Return what the run learns from beside the text, None where that is nothing."""
+    from megatron.training import get_tokenizer
+
+    if settings.objective.teacher == "none":
+        return None
+    return Teacher(
+        settings=settings,
+        vocabulary=int(cast(Any, get_tokenizer()).vocab_size),
+        padded=args.padded_vocab_size // args.tensor_model_parallel_size,
+        needs_mask=args.transformer_impl == "local" and args.context_parallel_size == 1,
+    )
+
+
 def _whole_gradients(finalize: Callable[..., None]) -> Callable[..., None]:
     """Return Megatron's finalize_model_grads, after which gradients of shared out blocks are added up."""
 
@@ -225,6 +252,13 @@ def _whole_gradients(finalize: Callable[..., None]) -> Callable[..., None]:
         sum_partial_gradients(model, TENSOR_PARTIAL)
 
     return finalize_and_sum
+
+
+def _gist_guard(settings: Settings, micro_batches: int) -> GistGuard | None:
+    mixes = settings.megacontext and settings.context.plan != "recency"
+    if not mixes or settings.watch.guards == "off":
+        return None
+    return GistGuard(settings.context, micro_batches, settings.watch.guards)
 
 
 class Run:
@@ -236,11 +270,20 @@ class Run:
 
         self._args, self._settings = args, settings
         self._printed = False
+        if settings.gist.learned:
+            flops.install(settings)
         self.datasets = DatasetProvider(args, settings)
-        self._observer = TrainingObserver(
-            args, settings, lambda: Sinks(args.save, get_tensorboard_writer(), get_wandb_writer())
+        self.objective = TrainingObjective(
+            settings=settings, over_context=sum_over_context, consumed=lambda: args.consumed_train_samples
         )
-        mixes = settings.megacontext and settings.context.plan != "recency"
+        track = "A" if settings.megacontext else "off"
+        self._observer = TrainingObserver(
+            args,
+            settings,
+            lambda: Sinks(args.save, get_tensorboard_writer(), get_wandb_writer(), track),
+            Prober(args, settings, self.datasets),
+            lambda: self.objective.idle_parameters,
+        )
         self._step = ForwardStep(
             settings=settings,
             micro_batch_size=args.micro_batch_size,
@@ -248,9 +291,12 @@ class Run:
             needs_mask=args.transformer_impl == "local" and args.context_parallel_size == 1,
             per_token_loss=args.calculate_per_token_loss,
             timers=get_timers(),
-            objective=TrainingObjective(settings=settings, over_context=sum_over_context),
+            objective=self.objective,
+            teacher=_teacher(args, settings),
             observe=self._observer.hear,
-            guard=GistGuard(settings.context, get_num_microbatches()) if mixes else None,
+            observe_gists=self._observer.watch.hear_gists,
+            observe_moves=self._observer.watch.hear_moves,
+            guard=_gist_guard(settings, get_num_microbatches()),
             check=loss_checks(not_finite=args.check_for_nan_in_loss_and_grad, spiky=args.check_for_spiky_loss),
         )
         self.forward_step = self._step.__call__

@@ -32,6 +32,7 @@ GROUPS = {
     "C": ("split_norm", "split of the mixed projection, QK-norm and rotary in one pass against separate ones"),
     "G": ("precision", "error of cos and sin for centres of 1e3 to 2^51 tokens, against mpmath"),
     "J": ("layer_step", "one Transformer Engine layer's step against the same layer with plain fused rope"),
+    "K": ("gist_cost", "GistNet's share of a training step against mean gists, at C/W = 4 and 16 with V = 1, 2, 4"),
     "T": ("training", "rows per second of the training command, mixed contexts against plain rope"),
 }
 NO_GPU = 2

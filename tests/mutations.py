@@ -19,15 +19,29 @@ from megacontext_megatron.spans.metadata import SpanMetadata
 
 
 def spread_parameters() -> None:
-    """Start positional parameters away from 0, at other values in each layer."""
+    """Start what starts at 0 away from it: positional parameters, at other values in each layer, and GistNet's answers.
+
+    Gists are then about as much the answer as the mean of their block.
+    """
+    from megacontext_megatron.context.gistnet import BlockEncoder
     from megacontext_megatron.position.parameters import PositionalParameters
 
     largest = itertools.count(6)
+    real = BlockEncoder.initialise
 
     def spread(self: PositionalParameters, size: int) -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.linspace(next(largest) / 10, -0.4, size))
 
+    @torch.no_grad()
+    def initialise(self: BlockEncoder, seed: int) -> None:
+        real(self, seed)
+        for last, gain in ((self.answer, 8.0), (self.spans, 1.0)):
+            if last is not None:
+                values = torch.arange(last.weight.numel()).sin().view(last.weight.shape)
+                last.weight.copy_(values * gain * last.in_features**-0.5)
+
     PositionalParameters.new_parameter = spread
+    BlockEncoder.initialise = initialise
 
 
 def shifted_starts(offset: int) -> None:
@@ -139,7 +153,7 @@ def unshifted_labels() -> None:
     from megacontext_megatron.model import step
 
     real = step.row_targets
-    step.row_targets = lambda text, mask, spans: real(text.roll(1, dims=1), mask, spans)
+    step.row_targets = lambda text, *rest: real(text.roll(1, dims=1), *rest)
 
 
 def locally_averaged_loss() -> None:
@@ -154,6 +168,68 @@ def unsummed_positional_gradients() -> None:
     from megacontext_megatron.attention import self_attention
 
     self_attention.copy_to_tensor_model_parallel_region = lambda value, group: value
+
+
+def unsummed_gist_gradients() -> None:
+    """Leave the gradients of GistNet at what one tensor-parallel rank's share of the blocks gives."""
+    from megacontext_megatron import run
+
+    run.sum_partial_gradients = lambda model, attribute: None
+
+
+def unsummed_gists() -> None:
+    """Give a context-parallel rank's blocks the gradients of its own rows alone."""
+    from megacontext_megatron.context import block_groups
+
+    real = block_groups.gather_from_sequence_parallel_region
+
+    def gather(results: Tensor, *, group: Any, tensor_parallel_output_grad: bool = False) -> Tensor:
+        return real(results, tensor_parallel_output_grad=False, group=group)
+
+    block_groups.gather_from_sequence_parallel_region = gather
+
+
+def neighbouring_blocks() -> None:
+    """Let GistNet read the block before the one whose gist it makes."""
+    from megacontext_megatron.context.block_groups import BlockGroups
+
+    real = BlockGroups.own
+    BlockGroups.own = lambda self, blocks: real(self, blocks.roll(1, dims=0))
+
+
+def later_blocks() -> None:
+    """Let GistNet, away from the mean, also read the block after the one whose gist it makes."""
+    from megacontext_megatron.context.block_groups import BlockGroups
+
+    spread_parameters()
+    real = BlockGroups.own
+    BlockGroups.own = lambda self, blocks: real(self, blocks + 0.5 * blocks.roll(-1, dims=0))
+
+
+def swapped_shares() -> None:
+    """Give every tensor-parallel rank the other's share of the blocks, in a group of two."""
+    from megacontext_megatron.context import block_groups
+
+    real = block_groups.scatter_to_sequence_parallel_region
+
+    def scatter(blocks: Tensor, *, group: Any) -> Tensor:
+        return real(torch.cat(blocks.chunk(2)[::-1]), group=group)
+
+    block_groups.scatter_to_sequence_parallel_region = scatter
+
+
+def unsummed_moves() -> None:
+    """Leave the gradients of moved spans at what one tensor-parallel rank's heads give."""
+    from megacontext_megatron.model.gpt import MegaContextGPTModel
+
+    MegaContextGPTModel._sum_over_ranks = lambda self, value: value
+
+
+def fixed_spans() -> None:
+    """Leave every span where it lies, whatever GistNet says."""
+    from megacontext_megatron.context import assembly
+
+    assembly._shift_of = lambda *args: None
 
 
 def unmarked_norms() -> None:

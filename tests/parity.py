@@ -55,6 +55,16 @@ DOCUMENTS: Flags = {"mc_eod_policy": "no-cross", "mc_plan": "mix", "mc_level2_pr
 
 LEVEL: Flags = {"gaussian_rope_learnable_sigma": "level"}
 
+GISTNET: Flags = {
+    "mc_gist_kind": "gistnet",
+    "mc_gist_hidden_size": 32,
+    "mc_loss_advantage": 0.5,
+    "mc_loss_gist_rows": 0.5,
+}
+"""Learned gists, narrower than the model, and losses that tell variants and levels apart."""
+
+SPAN_HEAD: Flags = GISTNET | {"mc_gist_span_head": True}
+
 MOE: Flags = {
     "num_experts": 4,
     "moe_layer_freq": "([0]*1+[1]*3)",
@@ -80,6 +90,10 @@ FAMILIES: Mapping[str, Flags] = {
     "documents": MIXED | LEVEL | DOCUMENTS,
     "per-token": MIXED | LEVEL | DOCUMENTS | {"calculate_per_token_loss": True},
     "moe": MIXED | LEVEL | MOE,
+    "gistnet": MIXED | LEVEL | GISTNET,
+    "span head": MIXED | LEVEL | SPAN_HEAD,
+    "slot": MIXED | LEVEL | GISTNET | {"mc_gist_pooling": "slot", "mc_gist_layers": 1},
+    "gistnet, per token": MIXED | LEVEL | GISTNET | DOCUMENTS | {"calculate_per_token_loss": True},
 }
 """Models and contexts that share a checkpoint and a one-process run."""
 
@@ -178,7 +192,7 @@ class References:
         return {"data_path": str(self._corpus), "data_cache_path": str(self._folder / "cache")}
 
     def checkpoint(self, family: str) -> Path:
-        """Return a checkpoint of one process, whose positional parameters are not at their initial values."""
+        """Return a checkpoint of one process, in which nothing that starts at 0 is at its initial value."""
         if family not in self._checkpoints:
             self._checkpoints[family] = self._save(family)
         return self._checkpoints[family]

@@ -47,19 +47,56 @@ def positional_gradients() -> Callable[[], list[dict[str, list[float]]]]:
     )
 
 
+def gist_gradients() -> Callable[[], list[dict[str, list[float]]]]:
+    """Record the final gradients of all weights of GistNet, by name, for every step; none where a stage has none."""
+    return _final_gradients(
+        lambda parameters: {
+            name: p.main_grad.flatten().tolist() for name, p in parameters.items() if "gist_net." in name
+        }
+    )
+
+
+def replicas() -> Callable[[], dict[str, str]]:
+    """Record a hash of every parameter that tensor-parallel ranks hold alike, by name, after the last step."""
+    stages: list[torch.nn.Module] = []
+
+    def keep(model: list[torch.nn.Module]) -> None:
+        stages[:] = model
+
+    after_gradients(keep)
+    return lambda: {
+        f"{chunk}.{name}": digest(parameter)
+        for chunk, stage in enumerate(stages)
+        for name, parameter in stage.named_parameters()
+        if not getattr(parameter, "tensor_model_parallel", False)
+    }
+
+
 def _final_gradients(read: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[], list[dict[str, Any]]]:
-    import megatron.core.distributed as distributed
-
     seen: list[dict[str, Any]] = []
-    real = distributed.finalize_model_grads
 
-    def record(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-        real(model, *args, **kwargs)
+    def record(model: list[torch.nn.Module]) -> None:
         [stage] = model
         seen.append(read(dict(stage.named_parameters())))
 
-    distributed.finalize_model_grads = record
+    after_gradients(record)
     return lambda: seen
+
+
+def after_gradients(see: Callable[[list[torch.nn.Module]], None]) -> None:
+    """Show this rank's model whenever its gradients are what the optimizer reads."""
+    from megacontext_megatron.telemetry.observer import TrainingObserver
+
+    real = TrainingObserver.finalizing
+
+    def finalizing(self: TrainingObserver, finalize: Callable[..., None]) -> Callable[..., None]:
+        def finalize_and_show(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+            finalize(model, *args, **kwargs)
+            see(model)
+
+        return real(self, finalize_and_show)
+
+    TrainingObserver.finalizing = finalizing
 
 
 def routing() -> Callable[[], dict[str, Any]]:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class SpanSelfAttention(SelfAttention):
     """Megatron's SelfAttention with positions that belong to rows.
 
-    `rotary_pos_emb` must be the carrier of spans.metadata, [s, b, 1, 6 or 7] float64; without it a layer refuses to run,
-    so that no run can end without positions.  q and k are finished after QK-norm and before any cache, context
+    `rotary_pos_emb` must be the carrier of spans.metadata, [s, b, 1, 6 or 7] float64; without it a layer refuses to
+    run, so that no run can end without positions.  q and k are finished after QK-norm and before any cache, context
     parallel exchange or selective recomputation.
     """
 

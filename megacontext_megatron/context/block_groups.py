@@ -17,8 +17,8 @@ from torch.nn import functional
 class BlockGroups:
     """The groups over which blocks are shared out; None for a group of one.
 
-    Every rank is given all blocks and gets the results of all.  Over `tensor` ranks the gradient of a result is the same
-    and whole on each rank, that of a block becomes so, and that of a parameter is of the rank's own blocks.  Over
+    Every rank is given all blocks and gets the results of all.  Over `tensor` ranks the gradient of a result is the
+    same and whole on each rank, that of a block becomes so, and that of a parameter is of the rank's own blocks.  Over
     `context` ranks all gradients are of a rank's own rows or blocks, to be added up where Megatron adds them.
     """
 

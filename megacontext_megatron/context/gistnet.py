@@ -5,6 +5,8 @@ One network serves all levels, so that a gist of gists is made as a gist of toke
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,6 +18,16 @@ from megacontext_megatron.context.gists import GREATEST_GAIN, Gists, embedding_r
 PLACE_STD = 0.5
 """Standard deviation of the local positions beside entries of unit size."""
 
+ANSWER_SHARE = 0.5
+"""What the encoder's answer counts for beside the mean of unrelated entries.
+
+Weights that learn nothing yet wander under Adam.  Where their answer soon outweighs the mean, what attention could find
+in means is lost before it is found, and training stays on its plateau.
+"""
+
+LEAST_SQUARE = 1e-8
+"""Added to an entry's mean square, so that one of nothing but zeros has a finite gradient."""
+
 TENSOR_PARTIAL = "mc_partial_over_tensor_ranks"
 """Attribute of parameters whose gradient on a tensor-parallel rank is that of the rank's own blocks alone."""
 
@@ -23,7 +35,7 @@ TENSOR_PARTIAL = "mc_partial_over_tensor_ranks"
 class GistNet(nn.Module):
     """Makes gists [n / K, b, h] of blocks; a context.gists.Gister.
 
-    A gist is the block's mean plus what the encoder says, in units of the block's embedding size, scaled to that size.
+    A gist is the block's mean plus what the encoder says, in units of a mean's usual size, at the size of embeddings.
     The encoder's last layer starts at 0, so that every gist starts as the mean gist, bit for bit.  The encoder sees a
     rank's share of the blocks (see BlockGroups), all samples' at once, and each raw sample once for all its variants.
     """
@@ -45,7 +57,8 @@ class GistNet(nn.Module):
         answer = self._groups.all(self.encoder(own), count[0] * count[1]).unflatten(0, count)
         mean = blocks.mean(dim=1, dtype=summing_dtype(below.dtype))
         target = rms.unflatten(0, (-1, block_size)).mean(dim=1)
-        whole = mean + target.unsqueeze(-1) * answer[..., :hidden].to(mean.dtype)
+        share = ANSWER_SHARE / math.sqrt(block_size)
+        whole = mean + share * target.unsqueeze(-1) * answer[..., :hidden].to(mean.dtype)
         # The limit keeps the gradient finite where a block's embeddings all but cancel out.
         gain = (target / embedding_rms(whole)).clamp_max(GREATEST_GAIN)
         vectors = (whole * gain.unsqueeze(-1)).to(below.dtype)
@@ -58,7 +71,7 @@ class BlockEncoder(nn.Module):
     def __init__(self, config: GistConfig, block_size: int) -> None:
         super().__init__()
         width = config.hidden_size
-        self.project = nn.Linear(config.hidden, width, bias=False)
+        self.project = nn.Linear(config.hidden, 3 * width, bias=False)
         self.places = nn.Parameter(torch.empty(block_size, width))
         self.layers = nn.ModuleList(EncoderLayer(width, config.heads) for _ in range(config.layers))
         self.norm = nn.RMSNorm(width)
@@ -69,8 +82,11 @@ class BlockEncoder(nn.Module):
     def forward(self, blocks: Tensor) -> Tensor:
         """Return the answers."""
         # Embeddings of any size and any model look alike from here on.
-        entries = functional.rms_norm(blocks, blocks.shape[-1:], eps=torch.finfo(torch.float32).tiny)
-        states = self.project(entries) + self.places
+        entries = functional.rms_norm(blocks, blocks.shape[-1:], eps=LEAST_SQUARE)
+        # Each entry also sees its neighbours, so that no layer has to find out first who stands beside whom.
+        earlier, here, later = self.project(entries).chunk(3, dim=-1)
+        states = here + functional.pad(earlier[:, :-1], (0, 0, 1, 0)) + functional.pad(later[:, 1:], (0, 0, 0, 1))
+        states = states + self.places
         for layer in self.layers:
             states = layer(states)
         states = self.norm(states)

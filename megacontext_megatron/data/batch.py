@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,8 @@ class Batch:
     """One micro-batch of `b` working contexts over `b / V` raw samples, whole (not yet context-parallel) rows.
 
     `start`, `level`: int64 [b, W].  `shortened`: int64 [b, 1], history tokens left out under `no-cross`.  `text`: int64
-    [b / V, C + 1] and `mask`: int64 [b / V, C], only on stages that read tokens.
+    [b / V, C + 1] and `mask`: int64 [b / V, C], only on stages that read tokens.  `logits`: bf16 [b / V, H, vocabulary]
+    and `states`: bf16 [b / V, C / K, h], a cached teacher's, only on stages that learn from them.
     """
 
     start: Tensor
@@ -26,15 +28,21 @@ class Batch:
     shortened: Tensor
     text: Tensor | None = None
     mask: Tensor | None = None
+    logits: Tensor | None = None
+    states: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchLayout:
-    """Static shapes of a micro-batch, known on every rank without communication."""
+    """Static shapes of a micro-batch, known on every rank without communication.
+
+    `taught` holds, by field, the shape that a cached teacher's answer has for one raw sample.
+    """
 
     micro_batch_size: int
     context: ContextConfig
     has_text: bool
+    taught: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return the fields of a batch and their shapes, in the order of the broadcast buffer."""
@@ -43,6 +51,14 @@ class BatchLayout:
         rows = {"start": (b, c.window), "level": (b, c.window), "shortened": (b, 1)}
         text = {"text": (raw, c.source_length + 1), "mask": (raw, c.source_length)}
         return {**rows, **text} if self.has_text else rows
+
+    def taught_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the fields of a batch that a cached teacher fills, and their shapes."""
+        return {name: (self.micro_batch_size // self.context.variants, *shape) for name, shape in self.taught.items()}
+
+
+ONCE = ("text", "mask", "logits", "states")
+"""Fields that all variants of a raw sample share."""
 
 
 def check_variants(identity: Tensor, variants: int) -> None:
@@ -68,7 +84,7 @@ def next_item(iterator: Iterator[Item], variants: int) -> Item:
     """Return the loader's next collated micro-batch on the CPU, checked, with each raw sample's text once."""
     item = next(iterator)
     check_variants(item["identity"], variants)
-    once = {k: v[::variants] if k in ("text", "mask") else v for k, v in item.items()}
+    once = {k: v[::variants] if k in ONCE else v for k, v in item.items()}
     return {**once, "shortened": item["identity"][:, 2:]}
 
 
@@ -77,16 +93,25 @@ def broadcast_batch(item: Item | None, layout: BatchLayout, group: dist.ProcessG
 
     `item` is the checked micro-batch on the first rank and None elsewhere.
     """
-    shapes = layout.shapes()
+    fields = _sent(item, layout.shapes(), torch.int64, group)
+    if layout.taught:
+        fields |= _sent(item, layout.taught_shapes(), torch.bfloat16, group)
+    return Batch(**fields)
+
+
+def _sent(
+    item: Item | None, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, group: dist.ProcessGroup
+) -> dict[str, Tensor]:
+    """Return the fields of one dtype, sent in one buffer."""
     device = torch.device(torch.cuda.current_device())
+    sizes = [math.prod(shape) for shape in shapes.values()]
     if item is not None:
         flat = _staged([item[name].reshape(-1) for name in shapes], device).to(device, non_blocking=True)
     else:
-        flat = torch.empty(sum(b * n for b, n in shapes.values()), dtype=torch.int64, device=device)
+        flat = torch.empty(sum(sizes), dtype=dtype, device=device)
     if group.size() > 1:
         dist.broadcast(flat, group=group, group_src=0)
-    parts = flat.split([b * n for b, n in shapes.values()])
-    return Batch(**{name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)})
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), flat.split(sizes), strict=True)}
 
 
 def _staged(parts: list[Tensor], device: torch.device) -> Tensor:
@@ -96,4 +121,4 @@ def _staged(parts: list[Tensor], device: torch.device) -> Tensor:
     memory to no one else before the copies made from it have ended.
     """
     size = sum(part.numel() for part in parts)
-    return torch.cat(parts, out=torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda"))
+    return torch.cat(parts, out=torch.empty(size, dtype=parts[0].dtype, pin_memory=device.type == "cuda"))

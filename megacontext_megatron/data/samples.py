@@ -41,6 +41,14 @@ class RowPlanner(Protocol):
         ...
 
 
+class Teacher(Protocol):
+    """Knows what a teacher said of raw samples (see data.teacher_cache.TeacherCache)."""
+
+    def __call__(self, sample: int, text: torch.Tensor, /) -> Mapping[str, torch.Tensor]:
+        """Return what a raw sample's items carry of it, by field of data.batch.Batch."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleIdentity:
     """What names the contexts of a data set: the run's seed, the split's number and the EOD token if plans need it."""
@@ -63,12 +71,15 @@ class WorkingContextDataset(Dataset[Item]):
         context: ContextConfig,
         identity: SampleIdentity,
         planner: RowPlanner,
+        *,
+        teacher: Teacher | None = None,
     ) -> None:
         self._raw = raw
         self._raw_length = ENDLESS if raw is None else len(raw)
         self._context = context
         self._identity = identity
         self._planner = planner
+        self._teacher = teacher
         self._last: tuple[int, Item] | None = None
         # Megatron chooses training or evaluation batch sizes by this attribute of the outermost data set.
         self.split = Split(identity.split)
@@ -82,7 +93,7 @@ class WorkingContextDataset(Dataset[Item]):
 
         `start`, `level`: int64 [W]; `identity`: int64 [3], the raw sample, the variant and the history tokens left
         out under `no-cross`; with a raw data set also `text`, int64 [C + 1], and `mask`, int64 [C], 1 where the next
-        token counts in the loss.
+        token counts in the loss; with a teacher also what it said.
         """
         sample, variant = divmod(int(index), self._context.variants)
         item = dict(self._raw_item(sample)) if self._raw is not None else {}
@@ -99,7 +110,8 @@ class WorkingContextDataset(Dataset[Item]):
         if self._last is None or self._last[0] != sample:
             raw = self._raw[sample]
             text = torch.cat([raw["tokens"], raw["labels"][-1:]])
-            self._last = sample, {"text": text, "mask": raw["loss_mask"].long()}
+            taught = self._teacher(sample, text) if self._teacher is not None else {}
+            self._last = sample, {"text": text, "mask": raw["loss_mask"].long(), **taught}
         return self._last[1]
 
     def _end_of_document(self, item: Item) -> NDArray[np.int64] | None:

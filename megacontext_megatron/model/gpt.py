@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     get_cuda_rng_tracker,
+    linear_with_grad_accumulation_and_async_allreduce,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -22,7 +23,8 @@ from megacontext_megatron.context.block_groups import BlockGroups
 from megacontext_megatron.context.gistnet import GistNet
 from megacontext_megatron.context.gists import Gister, mean_gists
 from megacontext_megatron.model.carrier import SpanCarrier
-from megacontext_megatron.model.requests import AttachedLoss, RowOutputs, RowRequest
+from megacontext_megatron.model.prediction import GistPredictor, Predicted, expected_embedding
+from megacontext_megatron.model.requests import AttachedLoss, Lesson, RowOutputs, RowRequest
 from megacontext_megatron.position.parameters import PositionalParameters
 from megacontext_megatron.spans.metadata import SpanMetadata
 
@@ -58,8 +60,8 @@ class MegaContextGPTModel(GPTModel):
         request: RowRequest | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> Tensor | RowOutputs:
-        """Return the RowOutputs of the last stage where `labels` [b, s] are given, else what GPTModel returns."""
+    ) -> Tensor | RowOutputs | Lesson:
+        """Return the last stage's RowOutputs or Lesson where `labels` [b, s] are given, else what GPTModel returns."""
         request = request or RowRequest()
         assembly = self.assemble(input_ids, spans, request) if self.pre_process else None
         with self.rotary_pos_emb.carrying(spans, assembly and assembly.shift, request.sigma_factor):
@@ -79,13 +81,57 @@ class MegaContextGPTModel(GPTModel):
         labels: Tensor,
         context: tuple[RowRequest, Assembly | None, SpanMetadata],
         **_: Any,
-    ) -> RowOutputs:
+    ) -> RowOutputs | Lesson:
         """Return what the last stage was asked for of its final hidden states [s, b, h], as GPTModel computes it."""
         request, assembly, spans = context
+        if request.teach:
+            return self._lesson(hidden_states, output_layer, output_weight, request.last_rows)
+        predicted = None
+        if request.predict:
+            weight = output_layer.weight if output_weight is None else output_weight
+            predicted = self._predicted(hidden_states, cast(Assembly, assembly), spans, weight)
         logits = self._scale_logits(output_layer(hidden_states, weight=output_weight)[0])
         # Read first: the loss writes over logits in fp32.
         last = None if request.last_rows is None else logits.index_select(0, request.last_rows)
-        return RowOutputs(losses=self.compute_language_model_loss(labels, logits), last_logits=last)
+        losses = self.compute_language_model_loss(labels, logits)
+        return RowOutputs(losses=losses, last_logits=last, predicted=predicted)
+
+    def _predicted(self, hidden: Tensor, assembly: Assembly, spans: SpanMetadata, output_weight: Tensor) -> Predicted:
+        settings, tensor = self.config.settings, self.pg_collection.tp
+        split = tensor if tensor.size() > 1 else None
+
+        def embed(states: Tensor) -> Tensor:
+            logits = linear_with_grad_accumulation_and_async_allreduce(
+                states,
+                output_weight,
+                bias=None,
+                # A frozen weight has nowhere to accumulate.
+                gradient_accumulation_fusion=self.config.gradient_accumulation_fusion and output_weight.requires_grad,
+                allreduce_dgrad=split is not None,
+                sequence_parallel=False,
+                tp_group=tensor,
+            )
+            return expected_embedding(self._scale_logits(logits), self.embedding.word_embeddings.weight, split)
+
+        scattered_over = split if self.config.sequence_parallel else None
+        predictor = GistPredictor(
+            context=settings.context, settings=settings.prediction, embed=embed, scattered_over=scattered_over
+        )
+        return predictor(hidden, assembly.levels, spans)
+
+    def _lesson(
+        self, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, rows: Tensor | None
+    ) -> Lesson:
+        """Return logits of the rows asked for, and the states of all blocks unless rows are scattered."""
+        assert rows is not None
+        if self.config.sequence_parallel:
+            # The output layer gathers the rows itself.
+            logits = output_layer(hidden_states, weight=output_weight)[0].index_select(0, rows)
+            return Lesson(rows=rows, logits=self._scale_logits(logits))
+        logits = output_layer(hidden_states.index_select(0, rows), weight=output_weight)[0]
+        blocks = hidden_states.unflatten(0, (-1, self.config.settings.context.block_size))
+        states = blocks.mean(dim=1, dtype=torch.float32).transpose(0, 1)
+        return Lesson(rows=rows, logits=self._scale_logits(logits), states=states)
 
     def assemble(self, input_ids: Tensor | None, spans: SpanMetadata, request: RowRequest) -> Assembly:
         """Return the decoder's input rows, [s, b, h], or this rank's part of them under sequence parallelism."""
@@ -101,6 +147,8 @@ class MegaContextGPTModel(GPTModel):
         rows = assembly.rows
         if request.gist_loss is not None:
             rows = AttachedLoss.attach(rows, request.gist_loss(assembly.levels))
+        if request.observe_moves is not None and assembly.shift is not None:
+            request.observe_moves(assembly.shift, spans)
         return replace(assembly, rows=self._own_rows(rows))
 
     def _own_rows(self, rows: Tensor) -> Tensor:

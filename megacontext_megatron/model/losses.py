@@ -22,17 +22,19 @@ class Targets:
     mask: Tensor
 
 
-def row_targets(text: Tensor, token_mask: Tensor, spans: SpanMetadata, after_token: int | None = None) -> Targets:
+def row_targets(text: Tensor, token_mask: Tensor, spans: SpanMetadata, after_tokens: tuple[int, ...] = ()) -> Targets:
     """Return the targets of rows [b, s] over raw samples: `text` int64 [b / V, C + 1], `token_mask` [b / V, C].
 
-    A row counts where the last token it covers counts in Megatron's own loss mask, and is `after_token` if given.
+    A row counts where the last token it covers counts in Megatron's own loss mask, and is one of `after_tokens` if
+    there are any.
     """
     contexts = spans.start.shape[0]
     sample = torch.arange(contexts, device=text.device) // (contexts // text.shape[0])
     end = spans.end.long()
     mask = token_mask[sample].gather(1, end - 1).float()
-    if after_token is not None:
-        mask = mask * (text[sample].gather(1, end - 1) == after_token)
+    if after_tokens:
+        last = text[sample].gather(1, end - 1)
+        mask = mask * torch.stack([last == token for token in after_tokens]).any(dim=0)
     return Targets(labels=text[sample].gather(1, end), mask=mask)
 
 

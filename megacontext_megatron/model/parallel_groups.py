@@ -52,7 +52,7 @@ class _Summed(torch.autograd.Function):
 
 
 def sum_partial_gradients(model: Sequence[torch.nn.Module], attribute: str) -> None:
-    """Add up, over tensor-parallel ranks, the final gradients of all parameters that have `attribute`; one all-reduce."""
+    """Add up, over tensor-parallel ranks, the final gradients of all parameters with `attribute`; one all-reduce."""
     group = tensor_parallel_group()
     parts = [
         cast(Tensor, cast(Any, parameter).main_grad)

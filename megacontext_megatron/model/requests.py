@@ -11,6 +11,8 @@ from torch import Tensor
 
 from megacontext_megatron.context.assembly import GistControl
 from megacontext_megatron.context.gists import Gists
+from megacontext_megatron.model.prediction import Predicted
+from megacontext_megatron.spans.metadata import SpanMetadata, SpanShift
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,21 +21,39 @@ class RowRequest:
 
     `control` changes which vectors rows get of the gists.  `sigma_factor` scales every spread.  `gist_loss` makes a
     scalar of the gists of all levels, whose gradient is added on the first stage.  `last_rows` [n] numbers this rank's
-    rows whose logits are wanted.
+    rows whose logits are wanted.  `predict` asks rows for the gists that come.  `teach` asks for a Lesson instead of
+    RowOutputs.  `observe_moves` hears by how much rows move on the first stage.
     """
 
     control: GistControl | None = None
     sigma_factor: float = 1.0
     gist_loss: Callable[[list[Gists]], Tensor] | None = None
     last_rows: Tensor | None = None
+    predict: bool = False
+    teach: bool = False
+    observe_moves: Callable[[SpanShift, SpanMetadata], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowOutputs:
-    """Losses of rows [b, s], fp32, and the logits [n, b, vocabulary / TP] of the rows asked for."""
+    """Losses of rows [b, s], fp32, the logits [n, b, vocabulary / TP] of the rows asked for, what rows predicted."""
 
     losses: Tensor
     last_logits: Tensor | None = None
+    predicted: Predicted | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lesson:
+    """What a teacher says of a micro-batch's raw samples; None for what nobody learns from.
+
+    `logits` [n, b / V, v] are those of the n rows `rows` of this rank, among the last H, over the v entries of this
+    rank's part of the vocabulary; `states` [b / V, C / K, h] are final hidden states, averaged over each block.
+    """
+
+    rows: Tensor | None = None
+    logits: Tensor | None = None
+    states: Tensor | None = None
 
 
 class AttachedLoss(torch.autograd.Function):

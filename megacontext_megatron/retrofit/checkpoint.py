@@ -32,6 +32,13 @@ GAUSSIAN_SETTINGS = (
     "gaussian_rope_log_width_bias",
 )
 CONTEXT_SETTINGS = ("mc_block_size", "mc_max_level")
+GIST_SETTINGS = (
+    "mc_gist_kind",
+    "mc_gist_layers",
+    "mc_gist_hidden_size",
+    "mc_gist_pooling",
+    "mc_gist_span_head",
+)
 MODEL_SETTINGS = (
     "num_layers",
     "hidden_size",
@@ -203,6 +210,8 @@ def restore_settings(args: Namespace, more: Sequence[str], typed: Mapping[str, A
         raise ConfigError("--use-checkpoint-args needs --load or --pretrained-checkpoint.")
     names = {*GAUSSIAN_SETTINGS, *CONTEXT_SETTINGS, *RESUME_SETTINGS, *ROTARY_SETTINGS, *PATTERN_SETTINGS}
     names |= {"mc_recent_tokens", "mc_horizon", "mc_plan", "mc_level2_prob", "mc_eod_policy"}
+    if typed.get("mc_gist_kind") != "mean":
+        names |= set(GIST_SETTINGS)
     names |= function_arguments(args) | set(more)
     if "mc_encoding" not in typed and "position_embedding_type" not in typed:
         names.add("mc_encoding")
@@ -237,7 +246,7 @@ def differences(args: Namespace, saved: SavedRun, *, resumes: bool) -> list[Diff
         if args.mc_encoding is not None:
             shared += GAUSSIAN_SETTINGS
     if args.megacontext and getattr(saved.args, "megacontext", False):
-        shared += CONTEXT_SETTINGS
+        shared += (*CONTEXT_SETTINGS, *GIST_SETTINGS)
     if resumes:
         shared += RESUME_SETTINGS
     return found + _compared(args, saved, shared)
@@ -253,12 +262,20 @@ def misfits(args: Namespace, saved: SavedRun) -> list[Difference]:
         names += ("mc_max_level",) if args.gaussian_rope_learnable_sigma != "layer" else ()
     if args.mc_encoding is not None and args.gaussian_rope_log_width_bias:
         names += ("gaussian_rope_log_width_bias",)
+    if args.mc_gist_kind == "gistnet":
+        # GistNet has a weight for each place of a block.
+        names += (*GIST_SETTINGS, "mc_block_size")
     return _compared(args, saved, names)
 
 
 def _compared(args: Namespace, saved: SavedRun, names: Sequence[str]) -> list[Difference]:
     """Return the differences in settings that the checkpoint records, and in the plugin's where it has none of them."""
-    own = {"gaussian_rope_learnable_sigma": "none", "gaussian_rope_log_width_bias": False}
+    own = {
+        "gaussian_rope_learnable_sigma": "none",
+        "gaussian_rope_log_width_bias": False,
+        "mc_gist_kind": "mean",
+        "mc_gist_span_head": False,
+    }
     missing = object()
     found = []
     for name in names:

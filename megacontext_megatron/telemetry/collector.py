@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -14,6 +15,10 @@ from megacontext_megatron.config import Settings
 from megacontext_megatron.position.gaussian import GaussianRotary
 from megacontext_megatron.spans.metadata import base_sigma
 from megacontext_megatron.telemetry import names
+from megacontext_megatron.telemetry.watching import Moves, Watched
+
+HISTOGRAM_FACTORS = 16
+"""How many values stand for the rows of a level in its histogram of sigma."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +90,33 @@ def row_scalars(sums: dict[str, Tensor], settings: Settings, variants: Sequence[
     return out
 
 
+def term_scalars(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Return the mean of every term of the objective on the last stage, by metric."""
+    prefix = "term/"
+    return {
+        names.TERM.at(name=name.removeprefix(prefix)): _ratio(pairs[0])
+        for name, pairs in sums.items()
+        if name.startswith(prefix)
+    }
+
+
+def prediction_scalars(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Return the metrics of model.prediction.Predicted's sums; what no row predicted gets no name."""
+    out: dict[str, float] = {}
+    metrics = {"loss": names.PREDICTION_LOSS, "agreement": names.AGREEMENT, "accept": names.ACCEPTED}
+    for name, metric in metrics.items():
+        for level, pair in enumerate(sums.get(f"predict/{name}", ()), start=1):
+            if pair[1]:
+                out[metric.at(level=level)] = _ratio(pair)
+    if (table := sums.get("predict/by_width")) is not None:
+        kinds = len(sums["predict/loss"]) + 1
+        for number, pair in enumerate(table):
+            level, row_level = divmod(number, kinds)
+            if pair[1]:
+                out[names.AGREEMENT_FROM.at(level=level + 1, row_level=row_level)] = _ratio(pair)
+    return out
+
+
 def _ratio(pair: Tensor) -> float:
     return float(pair[0] / pair[1])
 
@@ -112,10 +144,31 @@ def sigma_table(
     return table[:, 1:]
 
 
-def sigma_interval(table: Tensor | None, settings: Settings) -> Interval:
+def watched_scalars(watched: Watched) -> dict[str, float]:
+    """Return gradient norms by part, and the means of what the first stage saw of gists."""
+    out = {names.GRADIENT.at(part=part): math.sqrt(square) for part, square in watched.squares.items()}
+    for name, (total, count) in watched.gists.items():
+        metric = names.SPREAD.at() if name == "spread" else names.TERM.at(name=name)
+        out[metric] = total / count
+    for level, moves in enumerate(watched.moves, start=1):
+        if moves.rows:
+            out[names.OFFSET.at(level=level)] = moves.offset
+    return out
+
+
+def spread_of(watched: Watched) -> float | None:
+    """Return the spread of gists, None where none are learned."""
+    if "spread" not in watched.gists:
+        return None
+    total, squares = watched.gists["spread"]
+    return total / squares
+
+
+def sigma_interval(table: Tensor | None, settings: Settings, moves: Sequence[Moves] = ()) -> Interval:
     """Return the sigmas by level: their scalars, and histograms over layers and query groups, in tokens.
 
-    `table` is that of sigma_table, on the CPU.
+    `table` is that of sigma_table, on the CPU.  Where gists move their own spans, `moves` by level, the histograms are
+    over gist rows too.
     """
     scalars: dict[str, float] = {}
     histograms: dict[str, Tensor] = {}
@@ -125,9 +178,13 @@ def sigma_interval(table: Tensor | None, settings: Settings) -> Interval:
     for level in range(1, context.max_level + 1):
         base = base_sigma(torch.tensor(context.block_size**level), gaussian.sigma)
         scales = torch.ones(1) if table is None else table[:, level - 1].flatten()
-        sigma = base * scales[scales > 0]
+        sigma = base * scales[scales != 0]
+        mean = float(sigma.mean())
+        if moves and moves[level - 1].rows:
+            mean *= moves[level - 1].factor
+            sigma = torch.outer(sigma, moves[level - 1].factors(HISTOGRAM_FACTORS).float()).flatten()
         histograms[names.SIGMA_HISTOGRAM.at(level=level)] = sigma
-        scalars[names.SIGMA_MEAN.at(level=level)] = float(sigma.mean())
+        scalars[names.SIGMA_MEAN.at(level=level)] = mean
         if table is not None:
             for layer, row in enumerate(table[:, level - 1], start=1):
                 if row.all():

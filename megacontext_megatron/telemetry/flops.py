@@ -27,15 +27,15 @@ def blocks_by_level(context: ContextConfig) -> tuple[int, ...]:
 def block_flops(gist: GistConfig, block_size: int) -> int:
     """Return the operations of one forward pass of GistNet over one block of `block_size` entries.
 
-    Matrix products alone, as in Megatron's count: the projection of each entry to GistNet's width, four projections,
-    scores, weighted sums and an MLP of four times the width in each layer, keys, values, scores and a sum where a query
-    pools the block, and the heads of the block's one output.
+    Matrix products alone, as in Megatron's count: the projection of each entry, for itself and for its two neighbours;
+    four projections, scores, weighted sums and an MLP of four times the width in each layer; keys, values, scores and
+    a sum where a query pools the block; and the heads of the block's one output.
     """
     h, d, k = gist.hidden, gist.hidden_size, block_size
     layer = k * (4 * d * d + 2 * k * d + 8 * d * d)
     pooling = k * (2 * d * d + 2 * d) if gist.pooling == "slot" else 0
     span_head = 2 * d if gist.span_head else 0
-    return _OPERATIONS * (k * h * d + gist.layers * layer + pooling + d * h + span_head)
+    return _OPERATIONS * (k * h * 3 * d + gist.layers * layer + pooling + d * h + span_head)
 
 
 def gist_flops(settings: Settings, contexts: int) -> int:

@@ -19,27 +19,31 @@ class Sinks:
     """Writes intervals on the rank that Megatron logs from.
 
     `folder` is where checkpoints are saved (None: no file).  Lines are only ever appended: a run that resumes, or
-    starts anew in the same folder, repeats iterations, and read_metrics leaves out what that replaced.
+    starts anew in the same folder, repeats iterations, and read_metrics leaves out what that replaced.  `track` is
+    told to W&B's configuration.
     """
 
-    def __init__(self, folder: str | None, tensorboard: Any, wandb: Any) -> None:
-        self._folder, self._tensorboard, self._wandb = folder, tensorboard, wandb
+    def __init__(self, folder: str | None, tensorboard: Any, wandb: Any, track: str) -> None:
+        self._folder, self._tensorboard, self._wandb, self._track = folder, tensorboard, wandb, track
 
     def write(self, interval: Interval, iteration: int, consumed_samples: int) -> None:
         """Send one interval to every sink."""
+        # Neither TensorBoard nor W&B can draw a histogram of values that are no numbers.
+        drawn = {name: values for name, values in interval.histograms.items() if values.isfinite().all()}
         if self._tensorboard is not None:
             for name, value in interval.scalars.items():
                 # Megatron writes its own loss.
                 if name != names.LOSS.at():
                     self._tensorboard.add_scalar(name, value, iteration)
-            for name, values in interval.histograms.items():
+            for name, values in drawn.items():
                 self._tensorboard.add_histogram(name, values, iteration)
         # Megatron ends the W&B run before an early exit.
         if self._wandb is not None and self._wandb.run is not None:
             import wandb
 
-            histograms = {name: wandb.Histogram(v.tolist()) for name, v in interval.histograms.items()}
+            histograms = {name: wandb.Histogram(v.tolist()) for name, v in drawn.items()}
             own = {k: v for k, v in interval.scalars.items() if k != names.LOSS.at()}
+            self._wandb.config.update({names.TRACK: self._track}, allow_val_change=True)
             self._wandb.log({**own, **histograms}, iteration)
         if self._folder is not None:
             path = Path(self._folder) / METRICS_FILE

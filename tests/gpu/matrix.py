@@ -81,6 +81,14 @@ MOE: Flags = {
     "moe_token_dispatcher_type": "alltoall",
 }
 
+GISTNET: Flags = {
+    "mc_gist_kind": "gistnet",
+    "mc_gist_hidden_size": 128,
+    "mc_loss_advantage": 0.5,
+    "mc_loss_gist_rows": 0.5,
+}
+SPAN_HEAD: Flags = GISTNET | {"mc_gist_span_head": True}
+
 FAMILIES = {
     "te": MODEL | LEVEL | ON_TE,
     "te, sigma by head": MODEL | HEAD | ON_TE,
@@ -90,7 +98,11 @@ FAMILIES = {
     "te, stock rope": {k: v for k, v in MODEL.items() if not k.startswith("mc_")}
     | ON_TE
     | {"position_embedding_type": "rope", "megacontext": False},
+    "te, gistnet": MODEL | LEVEL | ON_TE | GISTNET,
+    "te, span head": MODEL | LEVEL | ON_TE | SPAN_HEAD,
     "local fp32": parity.FAMILIES["dense"] | LOCAL,
+    "local fp32, gistnet": parity.FAMILIES["gistnet"] | LOCAL,
+    "local fp32, span head": parity.FAMILIES["span head"] | LOCAL,
 }
 """Models that share a checkpoint."""
 

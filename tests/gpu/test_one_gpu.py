@@ -30,6 +30,7 @@ from tests.tiny import tiny_flags
 pytestmark = [pytest.mark.gpu, needs_te]
 
 AGAIN = one_gpu("one GPU, again")
+MOVED = one_gpu("span head", family="te, span head")
 RECOMPUTED = {"full": parity.FULL_RECOMPUTE, "selective": parity.SELECTIVE_RECOMPUTE}
 FIXED_ORDER = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 """With it Transformer Engine's attention sums its gradients in one order."""
@@ -107,6 +108,28 @@ def test_the_kernel_agrees_with_its_reference(matrix: Matrix, tmp_path: Path) ->
 def test_norms_in_the_kernel_agree_with_their_reference(matrix: Matrix, tmp_path: Path) -> None:
     one = one_gpu("QK-norm", family="te, QK-norm")
     matrix.within(one_gpu("QK-norm, --mc-backend torch", family="te, QK-norm", mc_backend="torch"), one, tmp_path)
+
+
+def test_moved_spans_in_the_kernel_agree_with_its_reference(matrix: Matrix, tmp_path: Path) -> None:
+    """Where GistNet moves centres and spreads, and gradients go back to it."""
+    reference = one_gpu("span head, --mc-backend torch", family=MOVED.family, mc_backend="torch")
+    result = matrix.within(reference, MOVED, tmp_path)
+    assert "triton" in rotary_of(matrix.made(MOVED))
+    assert "torch" in rotary_of(result)
+
+
+def test_moved_spans_are_worth_comparing(matrix: Matrix, tmp_path: Path) -> None:
+    """A kernel that left them where they lie would not agree."""
+    found, spread, _ = matrix.compared(
+        one_gpu("fixed spans", family=MOVED.family), MOVED, tmp_path, change="fixed_spans"
+    )
+    assert found.loss > TIMES_SPREAD * spread.loss
+    assert found.grad_norm > TIMES_SPREAD * spread.grad_norm
+
+
+@pytest.mark.parametrize("how", RECOMPUTED)
+def test_learned_gists_agree_under_recomputation(matrix: Matrix, tmp_path: Path, how: str) -> None:
+    matrix.within(one_gpu(f"span head, {how} recompute", family=MOVED.family, **RECOMPUTED[how]), MOVED, tmp_path)
 
 
 @pytest.mark.parametrize("recipe", FP8_RECIPES)

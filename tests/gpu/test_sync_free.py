@@ -19,7 +19,7 @@ import torch
 
 from megacontext_megatron.context.assembly import assemble_rows
 from megacontext_megatron.context.gists import mean_gists
-from tests.gpu.matrix import HEAD, LEVEL, LOCAL, MODEL, ON_TE, needs_te
+from tests.gpu.matrix import GISTNET, HEAD, LEVEL, LOCAL, MODEL, ON_TE, SPAN_HEAD, needs_te
 from tests.launch import TrainResult, train
 from tests.parity import FULL_RECOMPUTE, Flags
 from tests.tiny import tiny_flags
@@ -52,6 +52,9 @@ MODELS: dict[str, Flags] = {
     | {"bf16": True, "num_workers": 1, **{name: None for name in MODEL if name.startswith(("mc_", "megacontext"))}},
     "te, sigma by level": ON_TE | LEVEL,
     "te, sigma by head, full recompute": ON_TE | HEAD | FULL_RECOMPUTE,
+    "local, gistnet, advantage": LOCAL | LEVEL | GISTNET | {"bf16": True},
+    "te, gistnet, advantage": ON_TE | LEVEL | GISTNET,
+    "te, span head, full recompute": ON_TE | LEVEL | SPAN_HEAD | FULL_RECOMPUTE,
 }
 
 

@@ -45,7 +45,25 @@ EXCHANGES = {
     "CP2, windows by all-gather, others by ring": ["all_gather"] * 3 + ["p2p"],
 }
 BY_HEAD = one_gpu("sigma by head", family="te, sigma by head")
-FP32 = one_gpu("fp32", family="local fp32")
+FP32 = {
+    "tokens' means": one_gpu("fp32", family="local fp32"),
+    "gistnet": one_gpu("fp32, gistnet", family="local fp32, gistnet"),
+    "span head": one_gpu("fp32, span head", family="local fp32, span head"),
+}
+GISTS = one_gpu("gistnet", family="te, gistnet")
+MOVED = one_gpu("span head", family="te, span head")
+GIST_LAYOUTS = tuple(
+    two(f"{name}, {one.name}", *flags, family=one.family)
+    for name, *flags in (
+        ("TP2+SP", TP_SP),
+        ("PP2", PP),
+        ("CP2, ring", CP, {"cp_comm_type": "p2p"}),
+        ("DP2, distributed optimizer, overlap", DIST_OPT, OVERLAP),
+        ("TP2+SP, full recompute", TP_SP, parity.FULL_RECOMPUTE),
+    )
+    for one in (GISTS, MOVED)
+    if one is GISTS or "pipeline_model_parallel_size" not in flags[0]
+)
 FP8: Flags = {"fp8_format": "hybrid", "fp8_recipe": "delayed"}
 EXPERTS = one_gpu("experts", family="te, experts")
 
@@ -114,13 +132,34 @@ def test_sigma_by_level_gets_whole_gradients(matrix: Matrix, tmp_path: Path) -> 
     assert whole < UNSUMMED
 
 
-def off_by(result: TrainResult, one: TrainResult) -> float:
-    """Return the largest error of the first step's positional gradients on any rank, of a parameter's largest one."""
-    expected: dict[str, list[float]] = one.values[0]["gradients"][0]
+@needs_te
+@pytest.mark.parametrize("layout", GIST_LAYOUTS, ids=str)
+def test_learned_gists_agree_with_one_gpu(matrix: Matrix, tmp_path: Path, layout: Layout) -> None:
+    """GistNet starts away from the mean, and its losses tell variants and levels apart."""
+    matrix.within(layout, MOVED if layout.family == MOVED.family else GISTS, tmp_path)
+
+
+@needs_te
+@pytest.mark.parametrize("flags", [TP_SP, CP], ids=["TP2+SP", "CP2"])
+def test_gistnet_gets_whole_gradients(matrix: Matrix, tmp_path: Path, flags: Flags) -> None:
+    """On every rank, of all weights, which ranks that share out the blocks find parts of."""
+    layout = two(f"{' '.join(flags)}, gistnet, two steps", flags, family=GISTS.family)
+    one = matrix.made(GISTS)
+    whole = off_by(matrix.train(layout, tmp_path / "whole", steps=2), one, "gists")
+    change = "unsummed_gist_gradients" if flags is TP_SP else "unsummed_gists"
+    parts = off_by(matrix.train(layout, tmp_path / "cut", steps=2, change=change), one, "gists")
+    matrix.note(f"{layout}: gradients of GistNet off by {whole:.1e}, {parts:.1e} where ranks are not summed")
+    assert whole < UNSUMMED < parts
+
+
+def off_by(result: TrainResult, one: TrainResult, kind: str = "gradients") -> float:
+    """Return the largest error of the first step's gradients on any rank, of a parameter's largest one.
+
+    `kind` names which of what tests.gpu.watching records: `gradients` of positions, or of `gists`.
+    """
+    expected: dict[str, list[float]] = one.values[0][kind][0]
     assert expected
-    return max(
-        _relative(rank["gradients"][0][name], right) for rank in result.values for name, right in expected.items()
-    )
+    return max(_relative(rank[kind][0][name], right) for rank in result.values for name, right in expected.items())
 
 
 def _relative(found: Sequence[float], right: Sequence[float]) -> float:
@@ -159,12 +198,19 @@ def test_experts_train_over_ranks(matrix: Matrix, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [two(name, flags, family=FP32.family) for name, flags in (("TP2+SP", TP_SP), ("PP2", PP), ("CP2", CP))],
+    ("one", "layout"),
+    [
+        (one, two(f"{name}, {one.name}", flags, family=one.family))
+        for kind, one in FP32.items()
+        for name, flags in (("TP2+SP", TP_SP), ("PP2", PP), ("CP2", CP))
+        if kind != "span head" or flags is not PP
+    ],
     ids=str,
 )
-def test_dense_attention_in_fp32_agrees_as_on_the_cpu(matrix: Matrix, tmp_path: Path, layout: Layout) -> None:
-    found = difference(matrix.train(layout, tmp_path), matrix.made(FP32))
+def test_dense_attention_in_fp32_agrees_as_on_the_cpu(
+    matrix: Matrix, tmp_path: Path, one: Layout, layout: Layout
+) -> None:
+    found = difference(matrix.train(layout, tmp_path), matrix.made(one))
     matrix.note(f"fp32, dense, {layout}: {found} (allowed {LOSS_TOLERANCE:.0e}, {GRAD_NORM_TOLERANCE:.0e})")
     assert found.loss <= LOSS_TOLERANCE
     assert found.grad_norm <= GRAD_NORM_TOLERANCE

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from tests import mutations
+from tests import mutations, recording
 
 BACKENDS = {
     "use_flash_attention": "FlashAttention",
@@ -16,36 +16,45 @@ BACKENDS = {
 }
 
 
+LISTED = 1024
+"""Values of a weight's gradient that are recorded, evenly spread over it."""
+
+
 def watch(change: str | None = None, environment: Mapping[str, str] | None = None) -> Callable[[], dict[str, Any]]:
-    """Record the gradients of positional parameters and the attention that Transformer Engine chose last.
+    """Record gradients of the plugin's parameters and the attention that Transformer Engine chose last.
 
     `change` names a function of tests.mutations to call first, `environment` holds variables to set.
     """
     os.environ.update(environment or {})
     if change is not None:
         getattr(mutations, change)()
-    gradients = positional_gradients()
-    return lambda: {"gradients": gradients, "attention": chosen_attention()}
+    positional, gists = final_gradients()
+    return lambda: {"gradients": positional, "gists": gists, "attention": chosen_attention()}
 
 
-def positional_gradients() -> list[dict[str, list[float]]]:
-    """Record the final gradients of all positional parameters of this rank by name, a dictionary a step."""
-    import megatron.core.distributed as distributed
+def final_gradients() -> tuple[list[dict[str, list[float]]], list[dict[str, list[float]]]]:
+    """Record this rank's final gradients by name: of all positional parameters, and of GistNet in the first step.
 
+    There is a dictionary for each step.
+    """
     from megacontext_megatron.model.gpt import plugin_parameters
 
-    seen: list[dict[str, list[float]]] = []
-    real = distributed.finalize_model_grads
+    positional: list[dict[str, list[float]]] = []
+    gists: list[dict[str, list[float]]] = []
 
-    def record(model: list[Any], *args: Any, **kwargs: Any) -> None:
-        real(model, *args, **kwargs)
+    def record(model: list[Any]) -> None:
         found = {
-            f"{chunk}.{name}": p for chunk, part in enumerate(model) for name, p in plugin_parameters(part).items()
+            f"{chunk}.{name}": cast(Any, parameter).main_grad.flatten()
+            for chunk, part in enumerate(model)
+            for name, parameter in plugin_parameters(part).items()
         }
-        seen.append({name: cast(Any, parameter).main_grad.tolist() for name, parameter in found.items()})
+        positional.append({name: gradient.tolist() for name, gradient in found.items() if "gist_net." not in name})
+        if not gists:
+            weights = {name: gradient for name, gradient in found.items() if "gist_net." in name}
+            gists.append({name: each[:: -(-each.numel() // LISTED)].tolist() for name, each in weights.items()})
 
-    distributed.finalize_model_grads = record
-    return seen
+    recording.after_gradients(record)
+    return positional, gists
 
 
 def chosen_attention() -> str:

@@ -215,7 +215,7 @@ def evaluation(small_run, tmp_path_factory) -> dict[str, Any]:
 
 
 def recompute(argv: list[str], samples: int) -> dict[str, Any]:
-    """Return the losses of the last rows for each input and sample, one forward at a time, and the samples' tokens."""
+    """Return losses and hits of the last rows for each input and sample, one forward at a time, and the tokens."""
     import torch
 
     from megacontext_megatron.arguments import add_evaluation_arguments
@@ -239,6 +239,7 @@ def recompute(argv: list[str], samples: int) -> dict[str, Any]:
     c, w, h = context.source_length, context.window, context.horizon
     alone = type(context)(window=w, source_length=c, block_size=8, recent_tokens=16, horizon=h, level2_prob=0.3)
     losses: dict[str, list[float]] = {"recency": [], "mixed": [], "full": []}
+    hits: dict[str, list[float]] = {name: [] for name in losses}
     texts = []
     for sample in range(samples):
         item = raw[sample]
@@ -257,7 +258,8 @@ def recompute(argv: list[str], samples: int) -> dict[str, Any]:
                 logits = model[0](input_ids=text[None, :-1], spans=spans, attention_mask=mask)
             loss = torch.nn.functional.cross_entropy(logits[0, -h:].double(), text[-h:])
             losses[name].append(loss.item())
-    return {"losses": losses, "texts": texts}
+            hits[name].append((logits[0, -h:].argmax(dim=-1) == text[-h:]).float().mean().item())
+    return {"losses": losses, "hits": hits, "texts": texts}
 
 
 def read_documents(prefix: str) -> list[list[int]]:
@@ -292,10 +294,75 @@ def test_evaluation_is_the_mean_over_samples_of_each_input(evaluation, recompute
     assert evaluation["substitution_delta"] == pytest.approx(means["mixed"] - means["full"], abs=TOLERANCE)
     assert evaluation["mc/adv_delta_mean"] == evaluation["advantage_delta"]
     assert evaluation["mc/delta_sub/16"] == evaluation["substitution_delta"]
+    for name, hits in recomputed["hits"].items():
+        assert evaluation["accuracy"][name] == pytest.approx(sum(hits) / SAMPLES, rel=TOLERANCE)
+        assert evaluation["errors"]["accuracy"][name] == pytest.approx(standard_error(hits), rel=TOLERANCE)
+        assert evaluation["errors"][name] == pytest.approx(standard_error(recomputed["losses"][name]), rel=TOLERANCE)
+    # samples are paired
+    deltas = [m - r for m, r in zip(*(recomputed["losses"][name] for name in ("mixed", "recency")), strict=True)]
+    assert evaluation["errors"]["advantage_delta"] == pytest.approx(standard_error(deltas), rel=TOLERANCE)
     shape = {"iteration": 4, "samples": SAMPLES, "source_length": 512, "window": 64, "horizon": 16}
     assert {name: evaluation[name] for name in shape} == shape
     for name in ("recency", "mixed", "full"):
         assert f"{evaluation[name]:.4f}" in evaluation["log"]
+
+
+def standard_error(values: list[float]) -> float:
+    """Return the standard error of a mean."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def swap_gists() -> None:
+    """Let mixed contexts have the gists of the sample beside their own, in micro-batches of two."""
+    from megacontext_megatron.context import assembly
+
+    real = assembly.gists_of
+
+    def swapped(*args: Any) -> Any:
+        return [level._replace(vectors=level.vectors.flip(1)) for level in real(*args)]
+
+    assembly.gists_of = swapped
+
+
+def test_shuffled_gists_are_of_another_sample(small_run, evaluation, tmp_path):
+    assert evaluation["shuffled_across_samples"] is True
+    assert evaluation["shuffled_delta"] == pytest.approx(evaluation["shuffled"] - evaluation["mixed"], abs=TOLERANCE)
+    assert evaluation["mc/shuffled_gist_dnll"] == evaluation["shuffled_delta"]
+    assert abs(evaluation["shuffled_delta"]) > 10 * TOLERANCE
+    assert set(evaluation["accuracy"]) == {"recency", "mixed", "full", "shuffled"}
+
+
+def unshuffled_places(levels: Any, context: Any) -> Any:
+    """Give every gist the vector of the sample beside its own, at the same place."""
+    return [level._replace(vectors=level.vectors.flip(1)) for level in levels]
+
+
+def shuffle_by_flip() -> None:
+    """Let evaluate shuffle as `unshuffled_places` does."""
+    from megacontext_megatron.model import measures
+
+    measures.shuffled_gists = unshuffled_places
+
+
+def test_shuffling_is_what_the_model_does(small_run, tmp_path):
+    # the same exchange, once as the control of evaluate and once inside the model
+    own = tmp_path / "own"
+    shutil.copytree(small_run.save_dir, own)
+    found = []
+    for inputs, before in (("shuffled", shuffle_by_flip), ("mixed", swap_gists)):
+        given = words(cpu=True, load=own, mc_eval_samples=SAMPLES, mc_eval_inputs=inputs)
+        command("evaluate", given, workdir=tmp_path / inputs, before=before).check()
+        found.append(json.loads((own / "evaluation.json").read_text())[inputs])
+    assert found[0] == found[1]
+
+
+@pytest.mark.full
+def test_one_sample_at_a_time_is_said_to_be_shuffled_alone(corpus, tmp_path):
+    one = {"mc_variants": 1, "micro_batch_size": 1, "train_iters": 1, "save_interval": 1, "eval_iters": 0}
+    small_training(corpus, tmp_path / "train", save=tmp_path / "saved", **one).check()
+    found = evaluated(tmp_path / "saved", tmp_path, mc_eval_inputs="shuffled")
+    assert found["shuffled_across_samples"] is False
+    assert "shuffled gists are of other places of the same sample" in found["log"]
 
 
 def test_evaluation_reads_held_out_text(recomputed, documents):
@@ -333,8 +400,11 @@ def test_the_bigram_baseline_learns_from_training_text_and_predicts_the_same_tar
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_evaluation_is_the_same_in_every_layout(evaluation, small_run, tmp_path, name):
     found = evaluated(small_run.save_dir, tmp_path, 2, **LAYOUTS[name])
-    for key in ("recency", "mixed", "full", "advantage_delta", "substitution_delta"):
+    for key in ("recency", "mixed", "full", "shuffled", "advantage_delta", "substitution_delta"):
         assert found[key] == pytest.approx(evaluation[key], rel=TOLERANCE, abs=TOLERANCE)
+    for key, value in evaluation["accuracy"].items():
+        assert found["accuracy"][key] == pytest.approx(value, rel=TOLERANCE)
+    assert found["errors"]["accuracy"] == pytest.approx(evaluation["errors"]["accuracy"], rel=TOLERANCE)
     assert found["samples"] == evaluation["samples"]
 
 

@@ -1,4 +1,4 @@
-"""No row of the dense model knows of a token behind it, whatever stands for the tokens before."""
+"""No row knows of a token behind it, whatever stands for the tokens before: means, learned gists, moved spans."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 
 from tests import mutations
 from tests.launch import CallResult, call
-from tests.parity import FAMILIES
+from tests.parity import FAMILIES, GISTNET, SPAN_HEAD, Flags
 from tests.tiny import tiny_flags
 
+SLOT: Flags = {"mc_gist_pooling": "slot"}
 VOCABULARY = 256
 EXAMPLES = 40
 SOURCE_LENGTH = 1016
@@ -127,16 +128,32 @@ def search(tmp_path: Path, before: Callable[[], Any] | None = None, **flags: Any
     return call(look_for_leaks, kwargs, workdir=tmp_path)
 
 
+EVERY_KIND = {f"{planner} {level}" for planner in ("random", "heuristic", "mix") for level in range(3)} | {"recency 0"}
+
+
 @pytest.mark.parametrize("recent", [32, 8], ids=["long tail", "short tail"])
 def test_no_row_knows_a_later_token(tmp_path: Path, recent: int) -> None:
     """For every planner, with rows of levels 0, 1 and 2 around the changed tokens."""
     [covered] = search(tmp_path, mc_recent_tokens=recent, mc_horizon=recent).check().values
-    expected = {f"{planner} {level}" for planner in ("random", "heuristic", "mix") for level in range(3)}
-    assert expected | {"recency 0"} == covered.keys()
+    assert covered.keys() == EVERY_KIND
+
+
+@pytest.mark.parametrize("gists", [GISTNET, SPAN_HEAD, GISTNET | SLOT], ids=["gistnet", "span head", "slot"])
+def test_no_row_learns_of_a_later_token_through_gistnet(tmp_path: Path, gists: Flags) -> None:
+    """Whose gists are away from the mean, and their spans from where they lie."""
+    [covered] = search(tmp_path, mutations.spread_parameters, **gists).check().values
+    assert covered.keys() == EVERY_KIND
 
 
 def test_leak_is_noticed(tmp_path: Path) -> None:
     """A gist that is scaled by all of the sample's tokens tells of later ones."""
     result = search(tmp_path, mutations.leaking_gists)
+    assert result.returncode
+    assert "know token" in result.log
+
+
+def test_leak_through_gistnet_is_noticed(tmp_path: Path) -> None:
+    """A learned gist that is another block's tells of that block's tokens."""
+    result = search(tmp_path, mutations.later_blocks, **GISTNET)
     assert result.returncode
     assert "know token" in result.log

@@ -103,6 +103,37 @@ LAYOUTS = {
 }
 
 
+HEAD = {"mc_gist_kind": "gistnet", "mc_gist_span_head": True}
+GISTS = {
+    "layers of a mean": ({"mc_gist_layers": 3}, "--mc-gist-layers has no effect without --mc-gist-kind gistnet"),
+    "a width of a mean": ({"mc_gist_hidden_size": 16}, "--mc-gist-hidden-size has no effect without"),
+    "pooling of a mean": ({"mc_gist_pooling": "slot"}, "--mc-gist-pooling has no effect without"),
+    "moves of a mean": ({"mc_gist_span_head": True}, "--mc-gist-span-head has no effect without"),
+    "no layers": ({"mc_gist_kind": "gistnet", "mc_gist_layers": 0}, "--mc-gist-layers 0"),
+    "no width": ({"mc_gist_kind": "gistnet", "mc_gist_hidden_size": 0}, "--mc-gist-hidden-size 0", "multiple of 4"),
+    "a width without heads": ({"mc_gist_kind": "gistnet", "mc_gist_hidden_size": 18}, "--mc-gist-hidden-size 18"),
+    "gists that no plan makes": (
+        {"mc_gist_kind": "gistnet", "mc_plan": "recency", "mc_variants": 1, "mc_level2_prob": None}
+        | {"gaussian_rope_learnable_sigma": None},
+        "--mc-gist-kind gistnet has no effect with --mc-plan recency",
+    ),
+    "moves off the integers": ({**HEAD, "gaussian_rope_phase": "megatron"}, "--gaussian-rope-phase exact"),
+    "nothing to scale": (
+        {**HEAD, "gaussian_rope_sigma": "none", "gaussian_rope_learnable_sigma": None},
+        "--mc-gist-span-head",
+        "--gaussian-rope-sigma none",
+    ),
+    "no rotary to move in": ({**HEAD, "no_rope_freq": 1}, "--mc-gist-span-head", "--no-rope-freq"),
+    "no rotary in any layer": ({**HEAD, "no_rope_freq": "[1,1]"}, "--mc-gist-span-head", "--no-rope-freq"),
+}
+CURRICULA = {
+    "a stage of nothing": ({"mc_curriculum": ["soon"]}, "--mc-curriculum soon", "SAMPLES:TOKENS"),
+    "a late start": ({"mc_curriculum": ["8:128"]}, "--mc-curriculum must begin with a stage at 0"),
+    "a stage as short as the window": ({"mc_curriculum": ["0:64"]}, "--mc-curriculum stage of 64", "--seq-length 64"),
+    "variants in two stages": ({"mc_curriculum": ["0:128", "9:512"]}, "--mc-curriculum stage at 9", "--mc-variants 2"),
+}
+
+
 @pytest.fixture
 def place(tmp_path) -> Path:
     """An empty folder; nothing may appear in it."""
@@ -129,13 +160,20 @@ def refused(corpus, place, tmp_path):
     return check
 
 
-@pytest.mark.parametrize("cases", [CONTEXTS, ENCODINGS], ids=["contexts", "encodings"])
+@pytest.mark.parametrize(
+    "cases", [CONTEXTS, ENCODINGS, GISTS, CURRICULA], ids=["contexts", "encodings", "gists", "curricula"]
+)
 def test_impossible_settings_are_refused_by_name(refused, cases):
     refused(cases)
 
 
 def test_layouts_that_cannot_share_out_the_rows_are_refused(refused):
     refused(LAYOUTS, world_size=2)
+
+
+def test_moved_spans_over_pipeline_stages_are_refused(refused):
+    stages = {**HEAD, "pipeline_model_parallel_size": 2}
+    refused({"stages": (stages, "--mc-gist-span-head", "--pipeline-model-parallel-size 2", "one stage")}, world_size=2)
 
 
 def test_the_parser_refuses_what_it_does_not_know(corpus, place, tmp_path):

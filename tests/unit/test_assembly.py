@@ -293,10 +293,10 @@ def test_a_gister_is_told_the_rms_of_tokens_at_every_level():
     """A gister that does not scale its gists shows whether the sizes are the tokens' or the gists' own."""
     heard = []
 
-    def listening(below: Tensor, rms: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    def listening(below: Tensor, rms: Tensor, block_size: int) -> Gists:
         heard.append(rms)
         blocks = below.unflatten(0, (-1, block_size))
-        return blocks.sum(dim=1), rms.unflatten(0, (-1, block_size)).mean(dim=1)
+        return Gists(blocks.sum(dim=1), rms.unflatten(0, (-1, block_size)).mean(dim=1))
 
     context = small()
     tokens = embeddings(context, 2, seed=8)

@@ -12,7 +12,7 @@ import pytest
 
 from megacontext_megatron import config
 from megacontext_megatron.arguments import ContextFlags
-from megacontext_megatron.config import ConfigError, ContextConfig
+from megacontext_megatron.config import ConfigError, ContextConfig, GistConfig
 
 GOOD: dict[str, Any] = {"window": 256, "source_length": 512}
 
@@ -50,6 +50,13 @@ REFUSED = [
         ["--seq-length 129", "--mc-source-length 2048", "--mc-recent-tokens 128", "--mc-max-level 2"],
     ),
 ]
+GISTS_REFUSED = [
+    ({"layers": 0}, ["--mc-gist-layers 0"]),
+    ({"layers": -1}, ["--mc-gist-layers -1"]),
+    ({"hidden_size": 0}, ["--mc-gist-hidden-size 0", "multiple of 4"]),
+    ({"hidden_size": 66}, ["--mc-gist-hidden-size 66", "multiple of 4"]),
+    ({"hidden_size": 388}, ["--mc-gist-hidden-size 388", "multiple of 6"]),
+]
 ENOUGH_ROWS = re.compile(r"the fewest rows reachable are about (\d+)")
 
 
@@ -60,19 +67,43 @@ def refusal(settings: dict[str, Any]) -> ConfigError:
     return caught.value
 
 
-@pytest.mark.parametrize(("settings", "named"), REFUSED)
-def test_refusals_name_the_flags(settings: dict[str, Any], named: list[str]):
-    message = str(refusal(settings))
+def gist_refusal(settings: dict[str, Any]) -> ConfigError:
+    """Return the error with which settings of GistNet are refused."""
+    with pytest.raises(ConfigError) as caught:
+        GistConfig(hidden=64, kind="gistnet", **settings)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        *((refusal(settings), named) for settings, named in REFUSED),
+        *((gist_refusal(settings), named) for settings, named in GISTS_REFUSED),
+    ],
+    ids=str,
+)
+def test_refusals_name_the_flags(error: ConfigError, named: list[str]):
     for part in named:
-        assert part in message
-    assert message.endswith(".")
+        assert part in str(error)
+    assert str(error).endswith(".")
 
 
 def test_every_refusal_is_tried():
     tree = ast.parse(inspect.getsource(config))
     written = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Raise)}
-    tried = {traceback.extract_tb(refusal(settings).__traceback__)[-1].lineno for settings, _ in REFUSED}
-    assert tried == written
+    errors = [refusal(settings) for settings, _ in REFUSED] + [gist_refusal(settings) for settings, _ in GISTS_REFUSED]
+    assert {traceback.extract_tb(error.__traceback__)[-1].lineno for error in errors} == written
+
+
+@pytest.mark.parametrize("settings", [{"layers": 0, "hidden_size": 65}, {"hidden_size": 0}])
+def test_mean_gists_have_no_shape_to_refuse(settings: dict[str, Any]):
+    assert not GistConfig(hidden=64, **settings).learned
+
+
+@pytest.mark.parametrize(("width", "heads"), [(4, 4), (64, 4), (256, 4), (320, 5), (512, 8), (1024, 16)])
+def test_gist_heads_have_64_channels_or_are_four(width: int, heads: int):
+    config = GistConfig(hidden=2048, kind="gistnet", hidden_size=width)
+    assert (config.heads, config.learned) == (heads, True)
 
 
 def test_flags_in_refusals_exist():

@@ -1,6 +1,8 @@
-"""The guard of the training contract: every period must show tokens and gists beyond the recency baseline."""
+"""The guards of the training contract: rows of both kinds, parts that train, gists that differ."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megacontext_megatron.config import ContextConfig
-from megacontext_megatron.model.guard import GistGuard
+from megacontext_megatron.config import ContextConfig, Guards
+from megacontext_megatron.context.gists import Gists
+from megacontext_megatron.model.gist_terms import spread
+from megacontext_megatron.model.guard import GistGuard, TrainingGuard, least_spread
 from megacontext_megatron.spans.plan import plan_rows
 
 WINDOW = 6
@@ -105,3 +109,81 @@ def test_planned_contexts_pass(variants: int):
     for sample in range(8):
         plans = [plan_rows(context, (1, 0, sample, variant)).level for variant in range(variants)]
         guard.count(torch.stack([torch.from_numpy(plan) for plan in plans]))
+
+
+@pytest.mark.parametrize("guards", ["warn", "off"])
+def test_a_bad_period_may_pass(guards: Guards, capsys: pytest.CaptureFixture[str]):
+    guard = GistGuard(small(1), period=1, guards=guards)
+    guard.count(levels(TOKENS))
+    guard.count(levels(LEVEL1))
+    printed = capsys.readouterr().out
+    assert printed.count("WARNING: no ") == (2 if guards == "warn" else 0)
+
+
+def training_guard(guards: Guards = "fatal", **changed: Any) -> TrainingGuard:
+    """Return a guard that judges after 10 iterations."""
+    return TrainingGuard(**{"guards": guards, "after": 10, "dtype": torch.float32, "scaled": False, **changed})
+
+
+GOOD = {"gist/answer": 1.0, "position/sigma_scale": 1e-300}
+
+
+def test_a_healthy_step_passes():
+    training_guard().judge(11, GOOD, set(), 0.1)
+    training_guard().judge(11, {}, set(), None)
+
+
+@pytest.mark.parametrize(
+    ("squares", "spread", "expected"),
+    [
+        ({**GOOD, "gist/norm": 0.0}, 0.1, "the gradient of gist/norm is exactly 0 in iteration 11"),
+        ({**GOOD, "gist/norm": math.nan}, 0.1, "the gradient of gist/norm is not finite in iteration 11"),
+        ({**GOOD, "gist/norm": math.inf}, 0.1, "the gradient of gist/norm is not finite in iteration 11"),
+        ({"gist/a": 0.0, "gist/b": 0.0, **GOOD}, 0.1, "the gradient of gist/a, gist/b is exactly 0"),
+        (GOOD, 0.0, "all gists point the same way"),
+    ],
+)
+def test_broken_rules_are_named(squares: dict[str, float], spread: float, expected: str):
+    with pytest.raises(RuntimeError, match=expected):
+        training_guard().judge(11, squares, set(), spread)
+    training_guard().judge(10, squares, set(), spread)
+    training_guard("off").judge(11, squares, set(), spread)
+
+
+def test_parts_that_are_not_meant_to_train_need_no_gradient():
+    squares = {**GOOD, "gist/spans": 0.0}
+    training_guard().judge(11, squares, {"gist/spans"}, 0.1)
+    with pytest.raises(RuntimeError, match="gist/spans"):
+        training_guard().judge(11, squares, {"gist/answer"}, 0.1)
+
+
+def test_a_search_for_a_loss_scale_may_overflow():
+    training_guard(scaled=True).judge(11, {"gist/norm": math.inf}, set(), 0.1)
+    with pytest.raises(RuntimeError, match="exactly 0"):
+        training_guard(scaled=True).judge(11, {"gist/norm": 0.0}, set(), 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gists_are_the_same_up_to_rounding(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(64, generator=generator)
+    lengths = torch.rand(20, 2, 1, generator=generator) + 0.1
+    same = Gists((direction * lengths).to(dtype), lengths.squeeze(2))
+    total, squares = spread(same)[0].tolist()
+    assert total / squares <= least_spread(dtype)
+    # a tenth of each vector is its own
+    other = Gists((direction * lengths + 0.1 * torch.randn(20, 2, 64, generator=generator)).to(dtype), same.rms)
+    total, squares = spread(other)[0].tolist()
+    assert total / squares > least_spread(dtype)
+
+
+@pytest.mark.parametrize(("delta", "expected"), [(None, False), (0.01, False), (0.0, True), (-0.01, True)])
+def test_only_shuffled_gists_that_are_not_worse_draw_a_warning(
+    delta: float | None, expected: bool, capsys: pytest.CaptureFixture[str]
+):
+    for guards in ("fatal", "warn"):
+        assert training_guard(guards).warn_of_shuffled(11, delta) is expected
+    assert capsys.readouterr().out.count("WARNING") == 2 * expected
+    training_guard().warn_of_shuffled(10, delta)
+    training_guard("off").warn_of_shuffled(11, delta)
+    assert "WARNING" not in capsys.readouterr().out

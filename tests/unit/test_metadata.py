@@ -36,6 +36,11 @@ def metadata(draw):
     )
 
 
+def one_rank(value):
+    """Sum a gradient over one tensor-parallel rank."""
+    return value
+
+
 def farthest():
     return SpanMetadata.of_nodes(torch.tensor([[FARTHEST, FARTHEST - 1]]), torch.tensor([[2, 0]]), BLOCK)
 
@@ -57,7 +62,8 @@ def test_carrier_round_trip_is_exact(spans):
 @given(metadata(), st.sampled_from(SIGMA_RULES))
 @example(farthest(), "uniform")
 def test_carried_places_are_those_of_the_metadata(spans, rule):
-    centre, sigma = carried_places(spans.pack(rule))
+    centre, sigma, offset = carried_places(spans.pack(rule))
+    assert offset is None
     assert torch.equal(centre.long(), spans.doubled_centre.T)
     assert torch.equal(sigma.float(), base_sigma(spans.width, rule).T)
     with pytest.raises(RuntimeError, match="float64"):
@@ -118,7 +124,7 @@ def test_token_has_no_spread_and_gists_have_more_the_wider(rule):
 
 
 def test_carrier_module_hands_over_the_spans_of_this_forward_only():
-    carrier = SpanCarrier("uniform")
+    carrier = SpanCarrier("uniform", one_rank)
     spans = farthest()
     with pytest.raises(RuntimeError, match="without span metadata"):
         carrier(0)
@@ -130,7 +136,7 @@ def test_carrier_module_hands_over_the_spans_of_this_forward_only():
 
 
 def test_carrier_module_is_empty_after_a_failed_forward():
-    carrier = SpanCarrier("uniform")
+    carrier = SpanCarrier("uniform", one_rank)
     with pytest.raises(ZeroDivisionError), carrier.carrying(farthest()):
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="without span metadata"):
@@ -138,6 +144,6 @@ def test_carrier_module_is_empty_after_a_failed_forward():
 
 
 def test_carrier_module_adds_nothing_to_a_checkpoint():
-    carrier = SpanCarrier("uniform")
+    carrier = SpanCarrier("uniform", one_rank)
     with carrier.carrying(farthest()):
         assert not carrier.state_dict()

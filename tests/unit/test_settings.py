@@ -2,14 +2,22 @@
 
 import dataclasses
 import json
+import re
 from importlib.util import find_spec
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from megacontext_megatron.arguments import ContextFlags, PositionFlags
-from megacontext_megatron.config import ContextConfig, GaussianRopeConfig, RotaryConfig, Settings
+from megacontext_megatron.config import ContextConfig, GaussianRopeConfig, GistConfig, RotaryConfig, Settings
+from megacontext_megatron.flags import (
+    ContextFlags,
+    GistFlags,
+    ObjectiveFlags,
+    PositionFlags,
+    PredictionFlags,
+    WatchFlags,
+)
 from megacontext_megatron.refusals import REFUSALS, SPAN_REFUSALS
 from tests.small import TOKENS_ONLY, parse_only, refusal, small_flags
 
@@ -154,16 +162,51 @@ CHANGED = {
     "gaussian_rope_renorm": "rms",
     "gaussian_rope_phase": "megatron",
     "gaussian_rope_log_width_bias": True,
+    "mc_gist_kind": "gistnet",
+    "mc_gist_layers": 3,
+    "mc_gist_hidden_size": 16,
+    "mc_gist_pooling": "slot",
+    "mc_gist_span_head": True,
+    "mc_loss_gist_rows": 0.5,
+    "mc_loss_advantage": 0.25,
+    "mc_loss_contrast": 0.125,
+    "mc_loss_after_token": 7,
+    "mc_predict_level1": 0.5,
+    "mc_predict_level2": 0.25,
+    "mc_predict_readout": "infonce",
+    "mc_probe_interval": 10,
+    "mc_probe_samples": 3,
+    "mc_guards": "warn",
+    "mc_guard_after": 7,
+    "mc_curriculum": "0:128",
 }
 """Another value than the small run's for every flag that becomes a setting."""
+
+GISTNET = {"mc_gist_kind": "gistnet"}
 
 NEEDED = {
     "mc_variants": {"micro_batch_size": 4},
     "mc_max_level": {"mc_source_length": 256},
     "mc_block_size": {"mc_max_level": 2, "mc_source_length": 768},
     "mc_plan": {"mc_level2_prob": None},
+    **{f"mc_gist_{name}": GISTNET for name in ("layers", "hidden_size", "pooling", "span_head")},
+    "mc_loss_contrast": GISTNET,
+    "mc_predict_readout": {"mc_predict_level1": 1.0},
+    "mc_probe_interval": {"log_interval": 5},
 }
 """What else must change with a flag for its value to be possible."""
+
+SHORT = re.compile(r"^(gaussian_rope|mc_gist|mc_loss|mc_predict|mc)_")
+"""What the name of a flag has before that of its setting."""
+
+WRITTEN = {
+    "mc_loss_after_token": "after_token=(7,)",
+    "mc_curriculum": "curriculum=(CurriculumStage(samples=0, history=128, level2_prob=0.3),)",
+}
+"""Settings that look otherwise than the flag."""
+
+TOGETHER = {f"mc_{name}" for name in ("loss_kl", "loss_pooling", "phase", "pooling_samples", "teacher", "teacher_path")}
+"""Flags that need each other; test_objective_arguments has them."""
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +305,7 @@ def test_flags_become_settings(outcomes):
             eod_policy="ignore",
         ),
         gaussian=GaussianRopeConfig(learnable_sigma="level"),
+        gist=GistConfig(hidden=32, hidden_size=32),
         megacontext=True,
         seed=1234,
     )
@@ -269,15 +313,15 @@ def test_flags_become_settings(outcomes):
 
 
 def test_every_flag_of_the_plugin_changes_the_settings(outcomes):
-    fields = {field.name for kind in (ContextFlags, PositionFlags) for field in dataclasses.fields(kind)}
-    assert fields - set(CHANGED) == {"megacontext", "mc_encoding"}
+    groups = (ContextFlags, PositionFlags, GistFlags, ObjectiveFlags, PredictionFlags, WatchFlags)
+    fields = {field.name for kind in groups for field in dataclasses.fields(kind)}
+    assert fields - set(CHANGED) == {"megacontext", "mc_encoding"} | TOGETHER
     changes = [{**NEEDED.get(name, {}), name: value} for name, value in CHANGED.items()]
     found = outcomes(*(NEEDED.get(name, {}) for name in CHANGED), *changes)
     for name, before, after in zip(CHANGED, found[: len(CHANGED)], found[len(CHANGED) :], strict=True):
         assert before["code"] == after["code"] == 0, after["err"]
         assert before["settings"] != after["settings"]
-        short = name.removeprefix("mc_").removeprefix("gaussian_rope_")
-        assert f"{short}={CHANGED[name]!r}" in after["settings"]
+        assert WRITTEN.get(name, f"{SHORT.sub('', name)}={CHANGED[name]!r}") in after["settings"]
 
 
 def test_flags_of_megatron_that_positions_read_become_settings(outcomes):
