@@ -252,8 +252,8 @@ def _carry(change: Callable[[SpanMetadata], SpanMetadata]) -> None:
 
     real = SpanCarrier.carrying
 
-    def carrying(self: SpanCarrier, spans: SpanMetadata, *rest: Any) -> Any:
-        return real(self, change(spans), *rest)
+    def carrying(self: SpanCarrier, spans: SpanMetadata, *rest: Any, **more: Any) -> Any:
+        return real(self, change(spans), *rest, **more)
 
     SpanCarrier.carrying = carrying
 

@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = summarise(experiment, chosen, runs, seeds)
     write_results(experiment, results, runs)
     print_table(experiment, results)
-    print(draw_curves(experiment, runs))
+    if find_spec("matplotlib") is None:
+        print("no figure: matplotlib is not installed (the extra `analysis` brings it)")
+    else:
+        print(draw_curves(experiment, runs))
 
 
 if __name__ == "__main__":

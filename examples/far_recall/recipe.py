@@ -33,7 +33,7 @@ class Recipe:
     batch: int = 32
     micro_batch: int = 32
     documents: int = 32_768
-    evaluated: int = 512
+    evaluated: int = 2048
     gist_layers: int = 2
     gist_hidden: int = 64
     workers: int = 0

@@ -88,8 +88,8 @@ def print_table(experiment: Experiment, results: Sequence[ArmResult]) -> None:
     recipe = experiment.recipe
     known = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in references(experiment).items())
     table = Table(title=f"answers by {experiment.task.ask}, {recipe.steps} steps of {recipe.batch}: {known}")
-    for column in ("arm", "rows", "accuracy", "by seed", "nats", "training loss at the end", "seconds"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    for column in ("arm", "rows", "accuracy", "by seed", "nats", "trained to", "seconds"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for result in results:
         table.add_row(
             result.arm,

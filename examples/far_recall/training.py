@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,7 @@ class Outcome:
 def prepare_data(experiment: Experiment) -> None:
     """Write training and held-out documents, unless the same ones are there."""
     folder, recipe = experiment.out / "data", experiment.recipe
-    wanted = {
-        "task": {**asdict(experiment.task), "copies": list(experiment.task.copies)},
-        "documents": recipe.documents,
-        "evaluated": recipe.evaluated,
-    }
+    wanted = {"task": repr(experiment.task), "documents": recipe.documents, "evaluated": recipe.evaluated}
     record = folder / RECORD
     if record.exists() and json.loads(record.read_text()) == wanted:
         return
@@ -77,15 +73,16 @@ def run_arm(experiment: Experiment, name: str, arm: Arm, seed: int) -> Outcome:
     checkpoints, result = folder / "checkpoints", folder / "outcome.json"
     flags = {**training_flags(experiment.task, experiment.recipe, arm, seed), **_data(experiment.out)}
     line = [*words(flags), *experiment.extra]
+    settings = [repr(experiment.task), repr(experiment.recipe), *line]
     known = json.loads(result.read_text()) if result.exists() else {}
-    if known.get("line") != line:
+    if known.get("settings") != settings:
         folder.mkdir(parents=True, exist_ok=True)
         places = ["--save", str(checkpoints), "--tensorboard-dir", str(folder / "tensorboard")]
         seconds = launch("pretrain", [*line, *places], folder / "training.log")
         launch("evaluate", _evaluation(experiment, arm, checkpoints), folder / "evaluation.log")
         curve = [(int(entry["iteration"]), entry["lm loss"]) for entry in read_metrics(checkpoints)]
         evaluated = json.loads((checkpoints / EVALUATION_FILE).read_text())
-        known = {"line": line, "curve": curve, "evaluation": evaluated, "seconds": seconds}
+        known = {"settings": settings, "curve": curve, "evaluation": evaluated, "seconds": seconds}
         result.write_text(json.dumps(known))
     return Outcome(curve=known["curve"], evaluation=known["evaluation"], seconds=known["seconds"])
 

@@ -53,16 +53,22 @@ def _held_out_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     names_of = {
         "recency": "recency",
         "mixed": "mixed",
+        "shuffled": "shuffled gists",
         "full": "all tokens as rows",
         "bigram": "add-one bigram",
         "advantage_delta": "mixed - recency",
         "substitution_delta": "mixed - all tokens",
+        "shuffled_delta": "shuffled - mixed",
     }
     horizon = evaluation["horizon"]
-    return [
+    losses = [
         (f"held-out loss, last {horizon} rows: {label}", f"{evaluation[key]:.3f} nats")
         for key, label in names_of.items()
         if evaluation.get(key) is not None
+    ]
+    return losses + [
+        (f"held-out accuracy, last {horizon} rows: {names_of[key]}", f"{100 * value:.1f} %")
+        for key, value in evaluation.get("accuracy", {}).items()
     ]
 
 

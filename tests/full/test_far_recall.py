@@ -14,12 +14,12 @@ from examples.far_recall.report import FIGURE, RESULTS
 
 pytestmark = pytest.mark.full
 
-SEEDS = 3
+SEEDS = ("1", "2", "3")
 
 
 def run(out: Path, *words: str) -> dict[str, Any]:
     """Run the example and return what it wrote."""
-    main(["--tier", "cpu", "--out", str(out), "--seeds", ",".join(str(seed + 1) for seed in range(SEEDS)), *words])
+    main(["--tier", "cpu", "--out", str(out), *words])
     assert (out / FIGURE).stat().st_size > 0
     return json.loads((out / RESULTS).read_text())
 
@@ -31,7 +31,9 @@ def accuracies(found: dict[str, Any]) -> dict[str, list[float]]:
 @pytest.fixture(scope="module")
 def recalled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All arms that read as many rows as each other, asked by content."""
-    return run(tmp_path_factory.mktemp("content"), "--arms", "gistnet,mean,recency,shuffled")
+    return run(
+        tmp_path_factory.mktemp("content"), "--arms", "gistnet,mean,recency,shuffled", "--seeds", ",".join(SEEDS)
+    )
 
 
 def test_learned_gists_answer_within_a_thousand_steps(recalled):
@@ -41,20 +43,20 @@ def test_learned_gists_answer_within_a_thousand_steps(recalled):
 
 def test_mean_gists_answer_no_better_than_a_bag_of_symbols_can(recalled):
     found = accuracies(recalled)["mean"]
-    assert len(found) == SEEDS
+    assert len(found) == len(SEEDS)
     assert all(0.25 < accuracy < 0.40 for accuracy in found)
 
 
 def test_without_the_gists_of_the_document_nothing_is_known(recalled):
     for arm in ("recency", "shuffled"):
         found = accuracies(recalled)[arm]
-        assert len(found) == SEEDS
+        assert len(found) == len(SEEDS)
         assert max(found) < 0.12
     assert recalled["references"]["chance"] == 1 / 16
 
 
 def test_all_arms_take_the_same_steps_and_the_curves_are_kept(recalled):
-    assert set(recalled["curves"]) == {f"{arm}-{n + 1}" for arm in ("gistnet", "mean", "recency") for n in range(SEEDS)}
+    assert set(recalled["curves"]) == {f"{arm}-{seed}" for arm in ("gistnet", "mean", "recency") for seed in SEEDS}
     assert {curve[-1][0] for curve in recalled["curves"].values()} == {recalled["recipe"]["steps"]}
     assert {arm["rows"] for arm in recalled["arms"]} == {recalled["task"]["window"]}
     # At first everything is a guess.
@@ -62,6 +64,8 @@ def test_all_arms_take_the_same_steps_and_the_curves_are_kept(recalled):
 
 
 def test_places_alone_answer_questions_by_distance(tmp_path):
-    found = accuracies(run(tmp_path, "--ask", "distance"))
-    assert set(found) == {"uniform", "width", "none", "learned"}
-    assert min(found["uniform"]) > 0.5
+    words = ["--ask", "distance", "--arms", "uniform,none", "--seeds", "1", "--set", "steps=400"]
+    found = accuracies(run(tmp_path, *words))
+    assert set(found) == {"uniform", "none"}
+    # Mean gists tell which symbol a block repeats, so that a reader of content alone stays at chance.
+    assert all(accuracy > 0.75 for by_seed in found.values() for accuracy in by_seed)

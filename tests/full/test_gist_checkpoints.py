@@ -99,11 +99,11 @@ def test_a_checkpoint_survives_another_layout_and_goes_on_there(
     assert WEIGHT in whole
     start: dict[str, Any] = {"load": through.save_dir, "ckpt_step": MIDDLE, **GISTNET}
     moved, back = tmp_path / "moved", tmp_path / "back"
-    small_training(corpus, tmp_path / "there", 2, save=moved, **start, **NO_STEP, **there).check()
+    small_training(corpus, tmp_path / "there", 2, **{"save": moved, **start, **NO_STEP, **there}).check()
     assert tensors(moved, MIDDLE, tmp_path) == whole
     small_training(corpus, tmp_path / "home", load=moved, save=back, **NO_STEP, **GISTNET).check()
     assert tensors(back, MIDDLE, tmp_path) == whole
-    there_on = small_training(corpus, tmp_path / "on", 2, eval_iters=0, **start, **there).check()
+    there_on = small_training(corpus, tmp_path / "on", 2, **{"eval_iters": 0, **start, **there}).check()
     assert largest(there_on.losses, through.losses[MIDDLE:]) <= LOSS_TOLERANCE
     assert largest(there_on.grad_norms, through.grad_norms[MIDDLE:]) <= GRAD_NORM_TOLERANCE
     back_on = small_training(corpus, tmp_path / "home on", load=back, eval_iters=0, **GISTNET).check()
@@ -116,11 +116,11 @@ def test_the_distributed_optimizer_takes_it_from_data_to_pipeline_ranks_and_back
     sharded = {**DIST_OPT, **GISTNET, "eval_iters": 0}
     whole = small_training(corpus, tmp_path / "whole", 2, fresh=True, save=first, **sharded).check()
     start: dict[str, Any] = {"load": first, "ckpt_step": MIDDLE}
-    in_stages = small_training(corpus, tmp_path / "on", 2, **start, **sharded, **PP).check()
+    in_stages = small_training(corpus, tmp_path / "on", 2, **{**start, **sharded, **PP}).check()
     assert largest(in_stages.losses, whole.losses[MIDDLE:]) <= LOSS_TOLERANCE
     assert largest(in_stages.grad_norms, whole.grad_norms[MIDDLE:]) <= GRAD_NORM_TOLERANCE
     still = {**sharded, **NO_STEP}
-    small_training(corpus, tmp_path / "there", 2, save=moved, **start, **still, **PP).check()
+    small_training(corpus, tmp_path / "there", 2, **{"save": moved, **start, **still, **PP}).check()
     small_training(corpus, tmp_path / "home", 2, load=moved, save=back, **still).check()
     expected = tensors(first, MIDDLE, tmp_path)
     assert f"optimizer.state.exp_avg.{WEIGHT}" in expected

@@ -15,6 +15,7 @@ from tests.parity import (
     CP,
     DIST_OPT,
     FULL_RECOMPUTE,
+    LOSS_TOLERANCE,
     ONE,
     PP,
     SELECTIVE_RECOMPUTE,
@@ -26,6 +27,7 @@ from tests.parity import (
     Layout,
     References,
 )
+from tests.small import largest
 
 pytestmark = pytest.mark.full
 
@@ -79,13 +81,13 @@ FAULTS = (
     (mutations.swapped_shares, GISTNET[1]),
     (mutations.unsummed_moves, SPAN_HEAD[0]),
     (mutations.unsummed_moves, SPAN_HEAD[1]),
-    (mutations.fixed_spans, dataclasses.replace(ONE, family="span head")),
 )
-SETTINGS = (
-    ("gistnet", {"mc_loss_advantage": 0.0}),
-    ("gistnet", {"mc_loss_gist_rows": 1.0}),
-)
-"""What the family has over others, taken away."""
+WITHOUT: dict[str, tuple[str, Flags, Callable[[], None] | None]] = {
+    "no advantage": ("gistnet", {"mc_loss_advantage": 0.0}, None),
+    "gist rows like tokens": ("gistnet", {"mc_loss_gist_rows": 1.0}, None),
+    "fixed spans": ("span head", {}, mutations.fixed_spans),
+}
+"""Families, and what takes away from them what others lack: flags, or a change."""
 
 COMPARED = tuple(
     layout for layout in (*GISTNET, *SPAN_HEAD, OTHERS[0], OTHERS[2]) if not {*layout.flags} & {*VPP, *DIST_OPT} - {*PP}
@@ -101,13 +103,12 @@ def test_agrees_with_one_process(references: References, tmp_path: Path, layout:
     """Over all steps, after which tensor-parallel ranks still hold the same bits of all that they share."""
     result = references.agrees(layout, tmp_path, before=recording.replicas)
     tensor = layout.flags.get("tensor_model_parallel_size", 1)
-    for first in range(0, layout.ranks, tensor):
-        group = result.values[first : first + tensor]
-        assert all(replica == group[0] for replica in group)
-        assert any("gist_net." in name for name in group[0]) == (
-            first == 0 or "pipeline_model_parallel_size" not in layout.flags
-        )
-        assert any("log_scale" in name for name in group[0])
+    first_stage = layout.ranks // layout.flags.get("pipeline_model_parallel_size", 1)
+    for rank in range(0, layout.ranks, tensor):
+        replicas = result.values[rank : rank + tensor]
+        assert all(replica == replicas[0] for replica in replicas)
+        assert any("gist_net." in name for name in replicas[0]) == (rank < first_stage)
+        assert any("log_scale" in name for name in replicas[0])
 
 
 @pytest.mark.parametrize("layout", COMPARED, ids=str)
@@ -144,13 +145,14 @@ def test_fault_is_noticed(references: References, tmp_path: Path, fault: Callabl
     assert found.excess() > CLEARLY
 
 
-@pytest.mark.parametrize(
-    ("family", "without"), SETTINGS, ids=[f"{family}, {' '.join(without)}" for family, without in SETTINGS]
-)
-def test_setting_is_worth_comparing(references: References, tmp_path: Path, family: str, without: Flags) -> None:
-    """A layout that ignored one of the family's settings would not agree."""
-    layout = Layout(name=f"{family} without {', '.join(without)}", family=family, flags=without)
-    assert references.compared(layout, tmp_path, steps=FAULT_STEPS).excess() > CLEARLY
+@pytest.mark.parametrize("name", WITHOUT)
+def test_family_is_worth_comparing(references: References, tmp_path: Path, name: str) -> None:
+    """A layout that ignored what the family has over others would not agree."""
+    family, flags, before = WITHOUT[name]
+    layout = dataclasses.replace(ONE, name=name, family=family, flags=flags)
+    result = references.train(layout, tmp_path, steps=FAULT_STEPS, before=before).check()
+    expected = references.one_process(family).losses[:FAULT_STEPS]
+    assert largest(result.losses, expected) > CLEARLY * LOSS_TOLERANCE
 
 
 def test_replicas_would_tell(references: References, tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ GISTNET: Flags = {
     "mc_loss_gist_rows": 0.5,
 }
 SPAN_HEAD: Flags = GISTNET | {"mc_gist_span_head": True}
+PREDICTION: Flags = GISTNET | {"mc_predict_level1": 0.1, "mc_predict_level2": 0.1}
 
 FAMILIES = {
     "te": MODEL | LEVEL | ON_TE,
@@ -100,6 +101,7 @@ FAMILIES = {
     | {"position_embedding_type": "rope", "megacontext": False},
     "te, gistnet": MODEL | LEVEL | ON_TE | GISTNET,
     "te, span head": MODEL | LEVEL | ON_TE | SPAN_HEAD,
+    "te, prediction": MODEL | LEVEL | ON_TE | PREDICTION,
     "local fp32": parity.FAMILIES["dense"] | LOCAL,
     "local fp32, gistnet": parity.FAMILIES["gistnet"] | LOCAL,
     "local fp32, span head": parity.FAMILIES["span head"] | LOCAL,

@@ -52,6 +52,7 @@ FP32 = {
 }
 GISTS = one_gpu("gistnet", family="te, gistnet")
 MOVED = one_gpu("span head", family="te, span head")
+PREDICTED = one_gpu("prediction", family="te, prediction")
 GIST_LAYOUTS = tuple(
     two(f"{name}, {one.name}", *flags, family=one.family)
     for name, *flags in (
@@ -61,7 +62,7 @@ GIST_LAYOUTS = tuple(
         ("DP2, distributed optimizer, overlap", DIST_OPT, OVERLAP),
         ("TP2+SP, full recompute", TP_SP, parity.FULL_RECOMPUTE),
     )
-    for one in (GISTS, MOVED)
+    for one in (GISTS, MOVED, PREDICTED)
     if one is GISTS or "pipeline_model_parallel_size" not in flags[0]
 )
 FP8: Flags = {"fp8_format": "hybrid", "fp8_recipe": "delayed"}
@@ -136,7 +137,8 @@ def test_sigma_by_level_gets_whole_gradients(matrix: Matrix, tmp_path: Path) -> 
 @pytest.mark.parametrize("layout", GIST_LAYOUTS, ids=str)
 def test_learned_gists_agree_with_one_gpu(matrix: Matrix, tmp_path: Path, layout: Layout) -> None:
     """GistNet starts away from the mean, and its losses tell variants and levels apart."""
-    matrix.within(layout, MOVED if layout.family == MOVED.family else GISTS, tmp_path)
+    [one] = (each for each in (GISTS, MOVED, PREDICTED) if each.family == layout.family)
+    matrix.within(layout, one, tmp_path)
 
 
 @needs_te

@@ -144,7 +144,7 @@ def stock_carrier() -> None:
     """Let the model keep Megatron's rotary embedding."""
     from megacontext_megatron.model import gpt
 
-    gpt.SpanCarrier = lambda rule: None
+    gpt.SpanCarrier = lambda *args: None
 
 
 FAULTS = {
@@ -358,7 +358,13 @@ def test_shuffling_is_what_the_model_does(small_run, tmp_path):
 
 @pytest.mark.full
 def test_one_sample_at_a_time_is_said_to_be_shuffled_alone(corpus, tmp_path):
-    one = {"mc_variants": 1, "micro_batch_size": 1, "train_iters": 1, "save_interval": 1, "eval_iters": 0}
+    one: dict[str, Any] = {
+        "mc_variants": 1,
+        "micro_batch_size": 1,
+        "train_iters": 1,
+        "save_interval": 1,
+        "eval_iters": 0,
+    }
     small_training(corpus, tmp_path / "train", save=tmp_path / "saved", **one).check()
     found = evaluated(tmp_path / "saved", tmp_path, mc_eval_inputs="shuffled")
     assert found["shuffled_across_samples"] is False
@@ -451,7 +457,11 @@ def test_the_report_writes_a_table_and_a_figure(small_run, evaluation, tmp_path,
         assert f"{last['mc/lod_loss/2']:.3f}" in text
         assert f"{last['mc/pos/sigma_mean/2']:.2f} tokens" in text
         assert "8.0" in text
-    for key in ("recency", "mixed", "full", "bigram", "advantage_delta", "substitution_delta"):
+    for key, value in held_out["accuracy"].items():
+        label = {"full": "all tokens as rows", "shuffled": "shuffled gists"}.get(key, key)
+        (line,) = (line for line in shown.splitlines() if f"held-out accuracy, last 16 rows: {label}" in line)
+        assert f"{100 * value:.1f} %" in line
+    for key in ("recency", "mixed", "full", "shuffled", "bigram", "advantage_delta", "shuffled_delta"):
         assert f"{held_out[key]:.3f} nats" in shown
         assert f"{held_out[key]:.3f} nats" not in without
     figure = tmp_path / "training.png"

@@ -168,8 +168,8 @@ def test_moved_spans_go_through_the_kernel(corpus: Path, tmp_path: Path) -> None
 def test_moved_spans_matter(references: References, tmp_path: Path) -> None:
     """The same weights give another loss where no span moves."""
     layout = dataclasses.replace(ONE, name="fixed spans", family="span head")
-    found = references.compared(layout, tmp_path, steps=1, before=mutations.fixed_spans)
-    assert found.loss > 1e-4
+    still = references.train(layout, tmp_path, steps=1, before=mutations.fixed_spans).check()
+    assert largest(still.losses, references.one_process("span head").losses[:1]) > CLEARLY * LOSS_TOLERANCE
 
 
 def rows_by_stage() -> Callable[[], list[list[int]]]:

@@ -157,7 +157,7 @@ def test_guards_wait_for_their_time(corpus, tmp_path):
 
 
 def test_gists_that_are_no_better_than_others_draw_a_warning(corpus, tmp_path):
-    probes = {"mc_probe_interval": 1, "mc_probe_samples": 4}
+    probes: dict[str, Any] = {"mc_probe_interval": 1, "mc_probe_samples": 4}
     result = guarded(corpus, tmp_path, fault=unshuffled, **probes).check()
     assert [line["mc/guard/shuffled_not_worse"] for line in result.metrics] == [1.0] * STEPS
     assert result.log.count("WARNING: gists of other samples serve as well as the right ones") == 2

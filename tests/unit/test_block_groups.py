@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -37,9 +37,7 @@ def groups_of(tensor: int, context: int) -> BlockGroups:
     dist.init_process_group("gloo")
     beside = [[c * tensor + t for t in range(tensor)] for c in range(context)]
     across = [[c * tensor + t for c in range(context)] for t in range(tensor)]
-    of_tensor, of_context = (dist.new_subgroups_by_enumeration(ranks)[0] for ranks in (beside, across))
-    assert of_tensor is not None
-    assert of_context is not None
+    of_tensor, of_context = (cast(Any, dist.new_subgroups_by_enumeration(ranks)[0]) for ranks in (beside, across))
     return BlockGroups.of(of_tensor, of_context)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from argparse import Namespace
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from megacontext_megatron.config import ConfigError, ContextConfig, CurriculumStage
 from megacontext_megatron.data.samples import SampleIdentity, WorkingContextDataset
 from megacontext_megatron.model.datasets import ContextPlanner
+from megacontext_megatron.model.guard import GistGuard
 from megacontext_megatron.objective_arguments import curriculum_stages
 from megacontext_megatron.spans.plan import plan_rows, variant_plan
 from tests.unit.test_plans import KEYS, Key, check_rows, contexts, document_ends
@@ -36,7 +38,7 @@ def staged(*words: str, **changes: Any) -> tuple[ContextConfig, tuple[Curriculum
         "level2_prob": 0.5,
     }
     context = ContextConfig(**(settings | changes))
-    return context, curriculum_stages(SimpleNamespace(mc_curriculum=list(words)), context)
+    return context, curriculum_stages(Namespace(mc_curriculum=list(words)), context)
 
 
 THREE = ("0:64:0", "10:128", "24:512:1.0")
@@ -166,6 +168,17 @@ def test_workers_get_the_stages():
     again = pickle.loads(pickle.dumps(planner))
     for item in COVERED:
         assert covered(again, context, item) == covered(planner, context, item)
+
+
+def test_a_stage_without_gists_does_not_pass_the_guard():
+    """Where documents end inside every block of its history; with documents as long as that it does."""
+    context, stages = staged("0:64", "8:512", variants=1, eod_policy="no-cross")
+    planner = ContextPlanner(context, stages)
+    ends = np.arange(512 - 64, 512, dtype=np.int64)
+    cut, whole = (torch.from_numpy(planner((SEED, 0, 0, 0), places)["level"]) for places in (ends, ends[:0]))
+    with pytest.raises(RuntimeError, match="no gist row in 1 micro-batches"):
+        GistGuard(context, period=1).count(cut.unsqueeze(0))
+    GistGuard(context, period=1).count(whole.unsqueeze(0))
 
 
 def test_rows_are_as_many_in_every_stage():

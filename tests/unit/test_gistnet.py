@@ -115,8 +115,11 @@ def test_a_trained_gist_is_far_from_the_mean():
 def states_of(net: GistNet, blocks: Tensor) -> Tensor:
     """Return what the last layer says of every entry of blocks [n, K, h]: [n, K, d]."""
     seen: list[Tensor] = []
-    layer = net.encoder.layers[-1]
-    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+    def keep(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output)
+
+    handle = net.encoder.layers[-1].register_forward_hook(keep)
     net.encoder(blocks)
     handle.remove()
     return seen[0]
@@ -147,6 +150,8 @@ def test_nothing_outside_its_block_reaches_a_gist(pooling: str):
         poisoned[inside, 1] = tokens[inside, 1]
         found = made(net, poisoned)
         for got, right in zip(found, clean, strict=True):
+            assert got is not None
+            assert right is not None
             assert torch.equal(got[block, 1], right[block, 1])
         assert found.vectors[block, 0].isnan().all()
 
@@ -238,7 +243,8 @@ def test_level_2_alone_trains_the_shared_weights():
     below = made(net, tokens)
     cut = below.vectors.detach()[: cut_to(below.vectors)], below.rms.detach()[: cut_to(below.vectors)]
     net(*cut, BLOCK).vectors[..., 0].sum().backward()
-    changed = [name for name, p in net.named_parameters() if not torch.allclose(p.grad, direct[name])]
+    again = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    changed = [name for name, gradient in again.items() if not torch.allclose(gradient, direct[name])]
     assert set(changed) == direct.keys(), "level 1 has no part in the gradient"
 
 

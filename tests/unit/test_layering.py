@@ -22,7 +22,7 @@ STAGES = (
     "retrofit",
 )
 ANYWHERE = {"config"}
-LIGHT = ("__init__", "argv", "config", "doctor", "evaluate", "pretrain")
+LIGHT = ("__init__", "argv", "config", "doctor", "evaluate", "pretrain", "teacher")
 """Top-level files that other processes import before torch may be loaded."""
 HEAVY = ("torch", "megatron")
 LONGEST_FILE = 400

@@ -201,13 +201,13 @@ def test_gradients_of_moves_are_finite_differences(finish: Finish):
     given = [t.double().numpy() for t in (query, key)]
     weights = weight_q.double().numpy(), weight_k.double().numpy()
     at = raw.detach().double().numpy()
-    assert float(loss) == pytest.approx(objective(at, *given, weights), rel=1e-4)
+    assert float(loss) == pytest.approx(objective(at, given[0], given[1], weights), rel=1e-4)
     expected, step = np.zeros_like(at), 1e-5
     for place in np.ndindex(*at.shape):
         around = [at.copy(), at.copy()]
         around[0][place] += step
         around[1][place] -= step
-        high, low = (objective(each, *given, weights) for each in around)
+        high, low = (objective(each, given[0], given[1], weights) for each in around)
         expected[place] = (high - low) / (2 * step)
     assert raw.grad is not None
     gists = (spans.level > 0).numpy()
