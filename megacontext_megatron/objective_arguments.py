@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from typing import Any, cast
 
 from megacontext_megatron.config import (
@@ -76,8 +77,9 @@ def objective_config(args: Namespace, context: ContextConfig) -> ObjectiveConfig
     given["after_token"] = tuple(given["after_token"] or ())
     objective = ObjectiveConfig(**cast(dict[str, Any], given))
     for name in ("advantage", "kl", "contrast", "pooling", "gist_rows"):
-        if getattr(objective, name) < 0:
-            raise ConfigError(f"--mc-loss-{name.replace('_', '-')} {getattr(objective, name)} must not be negative.")
+        if not 0 <= getattr(objective, name) < math.inf:
+            flag, value = f"--mc-loss-{name.replace('_', '-')}", getattr(objective, name)
+            raise ConfigError(f"{flag} {value} must be a finite number that is not negative.")
     for token in objective.after_token:
         if token < 0:
             raise ConfigError(f"--mc-loss-after-token {token} is no token id: give the tokenizer's own.")
@@ -163,8 +165,8 @@ def prediction_config(args: Namespace, context: ContextConfig) -> PredictionConf
             f"{args.pipeline_model_parallel_size}: the last stage has no gists to compare with."
         )
     for level, weight in enumerate(prediction.weights, start=1):
-        if weight < 0:
-            raise ConfigError(f"--mc-predict-level{level} {weight} must not be negative.")
+        if not 0 <= weight < math.inf:
+            raise ConfigError(f"--mc-predict-level{level} {weight} must be a finite number that is not negative.")
         if weight and level > context.max_level:
             raise ConfigError(f"--mc-predict-level{level} needs --mc-max-level {level}: there are no such gists.")
         width = context.block_size**level

@@ -191,6 +191,17 @@ def _gist_guard(settings: Settings, micro_batches: int) -> GistGuard | None:
     return GistGuard(settings.context, micro_batches, settings.watch.guards)
 
 
+def gist_line(settings: Settings) -> str:
+    """Return one line that says what gists are and what is trained beside the next-token loss."""
+    gist, objective = settings.gist, settings.objective
+    kind = f"GistNet, {gist.layers} layers of {gist.hidden_size}, {gist.pooling} pooling" if gist.learned else "means"
+    moves = ", moving its spans" if gist.span_head else ""
+    weights = {name: getattr(objective, name) for name in ("advantage", "kl", "contrast", "pooling")}
+    weights |= {f"predict-level{level}": weight for level, weight in enumerate(settings.prediction.weights, start=1)}
+    terms = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight) or "none"
+    return f"gists: {kind}{moves} | terms beside next-token loss: {terms} | phase: {objective.phase}"
+
+
 class Run:
     """The four callables of a training run: data sets, model provider, forward step, and its observer."""
 
@@ -278,3 +289,5 @@ class Run:
         print("> layer | encoding | rotary | window | bias | core attention", flush=True)
         for row in self._args.mc_layers:
             print("> " + " | ".join(row), flush=True)
+        if self._settings.megacontext:
+            print(f"> {gist_line(self._settings)}", flush=True)

@@ -84,18 +84,29 @@ def _final_gradients(read: Callable[[dict[str, Any]], dict[str, Any]]) -> Callab
 
 
 def after_gradients(see: Callable[[list[torch.nn.Module]], None]) -> None:
-    """Show this rank's model whenever its gradients are what the optimizer reads."""
+    """Show this rank's model whenever its gradients are what the optimizer reads, in Megatron's own command too."""
+    import megatron.core.distributed as distributed
+
     from megacontext_megatron.telemetry.observer import TrainingObserver
 
-    real = TrainingObserver.finalizing
+    real, real_finalizing = distributed.finalize_model_grads, TrainingObserver.finalizing
+    observed: list[TrainingObserver] = []
+
+    def finalize_model_grads(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        real(model, *args, **kwargs)
+        if not observed:
+            see(model)
 
     def finalizing(self: TrainingObserver, finalize: Callable[..., None]) -> Callable[..., None]:
+        observed.append(self)
+
         def finalize_and_show(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
             finalize(model, *args, **kwargs)
             see(model)
 
-        return real(self, finalize_and_show)
+        return real_finalizing(self, finalize_and_show)
 
+    distributed.finalize_model_grads = finalize_model_grads
     TrainingObserver.finalizing = finalizing
 
 

@@ -28,6 +28,12 @@ in means is lost before it is found, and training stays on its plateau.
 LEAST_SQUARE = 1e-8
 """Added to an entry's mean square, so that one of nothing but zeros has a finite gradient."""
 
+NORM_EPS = 1e-6
+"""Of GistNet's norms.  PyTorch's own default depends on the dtype, and is 0.008 in bf16."""
+
+MOST_BLOCKS = 2**15
+"""Blocks that one launch of attention takes: a GPU's grid has no more than 65535 in this direction."""
+
 TENSOR_PARTIAL = "mc_partial_over_tensor_ranks"
 """Attribute of parameters whose gradient on a tensor-parallel rank is that of the rank's own blocks alone."""
 
@@ -74,7 +80,7 @@ class BlockEncoder(nn.Module):
         self.project = nn.Linear(config.hidden, 3 * width, bias=False)
         self.places = nn.Parameter(torch.empty(block_size, width))
         self.layers = nn.ModuleList(EncoderLayer(width, config.heads) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.RMSNorm(width, NORM_EPS)
         self.slot = SlotPooling(width, config.heads) if config.pooling == "slot" else None
         self.answer = nn.Linear(width, config.hidden, bias=False)
         self.spans = nn.Linear(width, 2, bias=False) if config.span_head else None
@@ -118,7 +124,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self._heads = heads
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(width, NORM_EPS), nn.RMSNorm(width, NORM_EPS)
         self.mixed = nn.Linear(width, 3 * width, bias=False)
         self.attended = nn.Linear(width, width, bias=False)
         self.widen = nn.Linear(width, 4 * width, bias=False)
@@ -149,5 +155,8 @@ class SlotPooling(nn.Module):
 
 def attend(query: Tensor, key_value: tuple[Tensor, Tensor], heads: int) -> Tensor:
     """Return attention of queries [n, q, d] over keys and values [n, K, d] by heads, without a mask: [n, q, d]."""
+    if query.shape[0] > MOST_BLOCKS:
+        parts = zip(*(t.split(MOST_BLOCKS) for t in (query, *key_value)), strict=True)
+        return torch.cat([attend(q, (k, v), heads) for q, k, v in parts])
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, *key_value))
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)

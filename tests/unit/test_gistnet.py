@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megacontext_megatron.config import ContextConfig, GistConfig
+from megacontext_megatron.context import gistnet
 from megacontext_megatron.context.assembly import assemble_rows, gists_of
 from megacontext_megatron.context.block_groups import BlockGroups
 from megacontext_megatron.context.gistnet import GistNet
@@ -304,3 +305,12 @@ def test_an_incomplete_block_is_in_no_gist():
     whole = gists_of(tokens, embedding_rms(tokens), context, net)
     for part, level in zip(levels, whole, strict=True):
         torch.testing.assert_close(part.vectors, level.vectors[: part.vectors.shape[0]], rtol=1e-12, atol=1e-12)
+
+
+def test_attention_in_parts_is_attention(monkeypatch: pytest.MonkeyPatch):
+    """More blocks than one launch takes are attended in several."""
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = torch.randn(3, 7, 4, 8, generator=generator, dtype=torch.float64)
+    whole = gistnet.attend(query, (key, value), 2)
+    monkeypatch.setattr(gistnet, "MOST_BLOCKS", 3)
+    torch.testing.assert_close(gistnet.attend(query, (key, value), 2), whole, rtol=1e-12, atol=1e-12)

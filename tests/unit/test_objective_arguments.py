@@ -17,6 +17,7 @@ FORWARD: dict[str, Any] = {"mc_loss_kl": 1.0, "mc_teacher": "forward"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({f"mc_loss_{name}": -0.5}, f"--mc-loss-{name.replace('_', '-')} -0.5") for name in
       ("advantage", "kl", "contrast", "pooling", "gist_rows")),
+    ({"mc_loss_advantage": "nan"}, "--mc-loss-advantage nan must be a finite number"),
     ({"mc_loss_advantage": 1.0, "mc_variants": 1}, "--mc-loss-advantage compares variants"),
     ({"mc_loss_contrast": 1.0}, "--mc-loss-contrast trains gists"),
     ({**CACHE, "mc_loss_pooling": 1.0}, "--mc-loss-pooling trains gists"),

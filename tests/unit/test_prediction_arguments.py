@@ -14,7 +14,7 @@ REFUSED = {
         "mc_predict_level1": 0.1,
         "pipeline_model_parallel_size": 2,
     },
-    "--mc-predict-level1 -0.5 must not be negative": {"mc_predict_level1": -0.5},
+    "--mc-predict-level1 -0.5 must be a finite number": {"mc_predict_level1": -0.5},
     "--mc-predict-level2 needs --mc-max-level 2": {
         "mc_predict_level2": 0.1,
         "mc_max_level": 1,
