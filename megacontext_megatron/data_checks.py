@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from megacontext_megatron.config import ConfigError
 from megacontext_megatron.data.indexed import check_indexed_dataset
@@ -68,6 +68,16 @@ def _has_validation_data(args: Namespace, per_split: Sequence[Any] | None) -> bo
     if per_split:
         return per_split[1] is not None
     return args.split is None or parse_and_normalize_split(args.split)[1] > 0
+
+
+def check_answer_tokens(args: Namespace) -> None:
+    """Refuse ids of `--mc-loss-after-token` that the tokenizer does not have, behind which no row would ever count."""
+    from megatron.training import get_tokenizer
+
+    size = int(cast(Any, get_tokenizer()).vocab_size)
+    for token in args.mc_loss_after_token or ():
+        if token >= size:
+            raise ConfigError(f"--mc-loss-after-token {token} is no id of the tokenizer, which has {size}.")
 
 
 def check_end_of_document(args: Namespace) -> None:

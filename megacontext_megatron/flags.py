@@ -120,7 +120,8 @@ class ObjectiveFlags:
     """Weight of relu(loss of the last --mc-horizon rows minus that of the recency variant, which is held fixed)."""
 
     mc_loss_kl: float = 0.0
-    """Weight of KL(teacher || model) on the last --mc-horizon rows of mixed contexts; needs --mc-teacher."""
+    """Weight of the KL divergence of the model from its teacher on the last --mc-horizon rows of mixed contexts; needs
+    --mc-teacher."""
 
     mc_loss_contrast: float = 0.0
     """Weight of a hinge that keeps gists of different blocks from pointing the same way."""
@@ -129,8 +130,8 @@ class ObjectiveFlags:
     """Weight of the regression of level-1 gists against the pooled states of --mc-teacher cache."""
 
     mc_phase: Phase = "substitution"
-    """pooling: gists learn from the pooling regression alone, the model from its rows. substitution: both learn from
-    every term. pooling-then-substitution: one after the other."""
+    """pooling: GistNet learns from the pooling regression alone, the model from its rows, embeddings from both.
+    substitution: all learn from every term. pooling-then-substitution: one after the other."""
 
     mc_pooling_samples: int = 0
     """Contexts after which --mc-phase pooling-then-substitution goes over."""

@@ -20,6 +20,9 @@ from megacontext_megatron.flags import GistFlags, ObjectiveFlags, PredictionFlag
 
 Namespace = argparse.Namespace
 
+LEAST_GUARD_AFTER = 2
+"""Iterations before GistNet's first layers can have a gradient: its last one moves first."""
+
 GREATEST_DEFAULT_WIDTH = 512
 """GistNet is no wider than this unless its flag says so."""
 
@@ -101,10 +104,17 @@ def _check_gist_terms(args: Namespace, objective: ObjectiveConfig, context: Cont
     if objective.phase != "substitution" and not objective.pooling:
         raise ConfigError(f"--mc-phase {objective.phase} needs --mc-loss-pooling, the term that its gists learn from.")
     scheduled = objective.phase == "pooling-then-substitution"
+    if objective.pooling_samples < 0 or objective.pooling_samples % context.variants:
+        raise ConfigError(
+            f"--mc-pooling-samples {objective.pooling_samples} must be a positive multiple of --mc-variants "
+            f"{context.variants}."
+        )
     if scheduled != bool(objective.pooling_samples):
         raise ConfigError(
             "--mc-phase pooling-then-substitution and --mc-pooling-samples, at which it goes over, need each other."
         )
+    if objective.phase == "pooling" and objective.contrast:
+        raise ConfigError("--mc-loss-contrast has no effect with --mc-phase pooling, which leaves it out throughout.")
     if objective.phase == "pooling" and args.mc_gist_span_head:
         raise ConfigError(
             "--mc-gist-span-head would never learn with --mc-phase pooling, whose rows give gists no gradient: use "
@@ -133,6 +143,10 @@ def _check_teacher(args: Namespace, objective: ObjectiveConfig, context: Context
 
 
 def _check_second_forward(args: Namespace, context: ContextConfig) -> None:
+    if context.window == context.source_length:
+        raise ConfigError(
+            "--mc-teacher forward would teach the model what it sees itself: --seq-length is all of --mc-source-length."
+        )
     if args.pipeline_model_parallel_size > 1:
         raise ConfigError(
             "--mc-teacher forward runs the model twice a micro-batch, which pipeline stages cannot: use --mc-teacher "
@@ -183,6 +197,11 @@ def watch_config(args: Namespace) -> WatchConfig:
     watch = WatchConfig(**_given(args, WatchFlags, WatchConfig, "mc_"))
     if watch.probe_interval < 0 or watch.guard_after < 0:
         raise ConfigError("--mc-probe-interval and --mc-guard-after must not be negative.")
+    if args.mc_gist_kind == "gistnet" and watch.guards != "off" and watch.guard_after < LEAST_GUARD_AFTER:
+        raise ConfigError(
+            f"--mc-guard-after {watch.guard_after} is too soon for --mc-gist-kind gistnet, whose last layer starts at "
+            f"0 and lets no gradient through at first: use {LEAST_GUARD_AFTER} or more."
+        )
     if watch.probe_samples < 1:
         raise ConfigError(f"--mc-probe-samples {watch.probe_samples} must be at least 1.")
     return watch
@@ -220,6 +239,8 @@ def _stage(word: str, context: ContextConfig) -> CurriculumStage:
         raise ConfigError(f"--mc-curriculum {word} is no stage: write SAMPLES:TOKENS or SAMPLES:TOKENS:LEVEL2_PROB.")
     if len(parts) == 3 and context.plan == "heuristic":
         raise ConfigError(f"--mc-curriculum {word} names a probability, which --mc-plan heuristic does not read.")
+    if len(parts) == 3 and context.max_level < 2:
+        raise ConfigError(f"--mc-curriculum {word} names a probability of level 2, which --mc-max-level 1 rules out.")
     return CurriculumStage(samples=samples, history=history, level2_prob=probability)
 
 

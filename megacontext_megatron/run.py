@@ -24,7 +24,13 @@ from megacontext_megatron.attention.layer_spec import resolved_layers
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 from megacontext_megatron.config import ConfigError, Settings
 from megacontext_megatron.context.gistnet import TENSOR_PARTIAL
-from megacontext_megatron.data_checks import check_data, check_end_of_document, check_tokenizers, holds_out
+from megacontext_megatron.data_checks import (
+    check_answer_tokens,
+    check_data,
+    check_end_of_document,
+    check_tokenizers,
+    holds_out,
+)
 from megacontext_megatron.model.datasets import DatasetProvider, check_teacher
 from megacontext_megatron.model.gpt import build_model
 from megacontext_megatron.model.guard import GistGuard
@@ -90,6 +96,7 @@ def parse(
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_tokenizers(args)
     check_end_of_document(args)
+    check_answer_tokens(args)
     _announce_padding(args)
     check_teacher(args, settings)
     check_checkpoint(args)

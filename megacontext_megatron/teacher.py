@@ -116,7 +116,7 @@ def checkpoint(args: argparse.Namespace) -> tuple[str, int]:
 
 
 def write(args: argparse.Namespace, settings: Settings, model: Any, data: tuple[Any, CacheWriter]) -> None:
-    """Write what the model says of this data-parallel rank's samples, every so-manieth micro-batch of them."""
+    """Write what the model says of this data-parallel rank's samples, a micro-batch at a time."""
     import torch
     from megatron.core import mpu
 

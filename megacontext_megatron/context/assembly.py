@@ -76,22 +76,28 @@ class GistControl(Protocol):
 
 
 def shuffled_gists(levels: list[Gists], context: ContextConfig) -> list[Gists]:
-    """Give every gist that may stand in a row the vector of another such gist of its level, of another raw sample.
+    """Give every gist that may stand in a row the vector and shift of another such gist of its level.
 
-    Where there is one raw sample it is from another place of it.  Nothing of the tokens that never collapse gets into a
-    row.  A level with one such gist keeps it.
+    They are of another raw sample, or, where there is one, from another place of it.  Nothing of the tokens that never
+    collapse gets into a row.  A level with one such gist keeps it.
     """
     shuffled, width = [], 1
     for level in levels:
         width *= context.block_size
         first = -(-context.dropped_tokens // width)
         last = (context.source_length - context.protected_tokens) // width
-        before, inside, behind = level.vectors.tensor_split([first, max(first, last)])
-        blocks, samples = inside.shape[:2]
-        far = blocks // 2 * samples + (samples > 1)
-        rolled = inside.flatten(0, 1).roll(far, dims=0).view_as(inside)
-        shuffled.append(level._replace(vectors=torch.cat([before, rolled, behind])))
+        inside = slice(first, max(first, last))
+        shift = None if level.shift is None else _rolled(level.shift, inside)
+        shuffled.append(level._replace(vectors=_rolled(level.vectors, inside), shift=shift))
     return shuffled
+
+
+def _rolled(values: Tensor, inside: slice) -> Tensor:
+    """Return values [m, b, ...] with those of the blocks `inside` moved by half of them, and on to the next sample."""
+    before, moved, behind = values.tensor_split([inside.start, inside.stop])
+    blocks, samples = moved.shape[:2]
+    far = blocks // 2 * samples + (samples > 1)
+    return torch.cat([before, moved.flatten(0, 1).roll(far, dims=0).view_as(moved), behind])
 
 
 def gists_of(tokens: Tensor, rms: Tensor, context: ContextConfig, gister: Gister) -> list[Gists]:

@@ -86,11 +86,12 @@ class MegaContextGPTModel(GPTModel):
         request, assembly, spans = context
         if request.teach:
             return self._lesson(hidden_states, output_layer, output_weight, request.last_rows)
+        logits = self._scale_logits(output_layer(hidden_states, weight=output_weight)[0])
         predicted = None
         if request.predict:
+            # Behind the layer's call, in whose hooks Megatron gathers an updated weight.
             weight = output_layer.weight if output_weight is None else output_weight
             predicted = self._predicted(hidden_states, cast(Assembly, assembly), spans, weight)
-        logits = self._scale_logits(output_layer(hidden_states, weight=output_weight)[0])
         # Read first: the loss writes over logits in fp32.
         last = None if request.last_rows is None else logits.index_select(0, request.last_rows)
         losses = self.compute_language_model_loss(labels, logits)

@@ -68,13 +68,15 @@ def least_spread(dtype: torch.dtype) -> float:
 class TrainingGuard:
     """Judges what a step showed once `after` iterations have passed.
 
-    `dtype` is that of gists.  Under a loss scale, gradients that are not finite are part of the search for it.
+    `dtype` is that of gists.  Under a loss scale (`scaled`), gradients that are not finite are part of the search for
+    it.  Where masks leave rows out (`sparse`), a step may have none that counts, and then no part has a gradient.
     """
 
     guards: Guards
     after: int
     dtype: torch.dtype
     scaled: bool
+    sparse: bool = False
 
     def judge(self, iteration: int, squares: Mapping[str, float], idle: Set[str], spread: float | None) -> None:
         """Complain of parts without a gradient, or one that is not finite, and of gists that are all the same.
@@ -85,6 +87,8 @@ class TrainingGuard:
         if self.guards == "off" or iteration <= self.after:
             return
         dead = [part for part, square in squares.items() if square == 0.0 and part not in idle]
+        if self.sparse and len(dead) == len(squares.keys() - idle):
+            dead = []
         endless = [part for part, square in squares.items() if not math.isfinite(square) and not self.scaled]
         if endless:
             self._complain(f"the gradient of {', '.join(endless)} is not finite", iteration, "it cannot train")

@@ -118,7 +118,8 @@ def prediction_scalars(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _ratio(pair: Tensor) -> float:
-    return float(pair[0] / pair[1])
+    """Return the mean, 0 of nothing, as Megatron has it."""
+    return float(pair[0] / pair[1]) if pair[1] else 0.0
 
 
 def sigma_table(

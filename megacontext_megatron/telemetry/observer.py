@@ -76,6 +76,7 @@ class TrainingObserver:
             after=settings.watch.guard_after,
             dtype=args.params_dtype,
             scaled=args.fp16,
+            sparse=bool(settings.objective.after_token) or args.eod_mask_loss,
         )
         self._report: _Report | None = None
 

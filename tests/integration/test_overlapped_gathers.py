@@ -55,3 +55,17 @@ def test_norms_that_the_kernel_applies_are_gathered_first(corpus: Path, tmp_path
     assert overlapped.losses == plain.losses
     # The order in which squares of gradients are added up follows the buckets.
     assert overlapped.grad_norms == pytest.approx(plain.grad_norms, rel=GRAD_NORM_TOLERANCE)
+
+
+def test_gistnet_and_the_output_weight_that_predictions_read_are_gathered_first(corpus: Path, tmp_path: Path) -> None:
+    """The output layer's weight is read beside the layer's own call, by the expected embedding of a prediction."""
+    model = {"mc_gist_kind": "gistnet", "mc_gist_hidden_size": 32, "mc_predict_level1": 1.0}
+    readout = {"mc_predict_readout": "soft-embed", "untie_embeddings_and_output_weights": True, "num_layers": 2}
+    # Without clipping, by a norm whose squares are added up in the order of the buckets.
+    runs = [
+        trained(corpus, tmp_path / name, **model, **readout, clip_grad=0.0, **more)
+        for name, more in (("plain", {}), ("over", OVERLAP | {"ddp_bucket_size": 1}))
+    ]
+    plain, overlapped = runs
+    assert overlapped.losses == plain.losses
+    assert overlapped.scalars("mc/mp/loss/1") == plain.scalars("mc/mp/loss/1")

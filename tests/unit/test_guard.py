@@ -157,6 +157,14 @@ def test_parts_that_are_not_meant_to_train_need_no_gradient():
         training_guard().judge(11, squares, {"gist/answer"}, 0.1)
 
 
+def test_a_step_without_a_row_that_counts_is_not_judged_where_masks_leave_rows_out():
+    nothing = dict.fromkeys(GOOD, 0.0)
+    training_guard(sparse=True).judge(11, nothing, set(), 0.1)
+    for guard, squares in ((training_guard(), nothing), (training_guard(sparse=True), {**GOOD, "gist/norm": 0.0})):
+        with pytest.raises(RuntimeError, match="exactly 0"):
+            guard.judge(11, squares, set(), 0.1)
+
+
 def test_a_search_for_a_loss_scale_may_overflow():
     training_guard(scaled=True).judge(11, {"gist/norm": math.inf}, set(), 0.1)
     with pytest.raises(RuntimeError, match="exactly 0"):

@@ -33,6 +33,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**GISTNET, "mc_phase": "pooling"}, "--mc-phase pooling needs --mc-loss-pooling"),
     ({**POOLING, "mc_phase": "pooling-then-substitution"}, "--mc-pooling-samples"),
     ({**POOLING, "mc_pooling_samples": 8}, "--mc-phase pooling-then-substitution"),
+    ({**POOLING, "mc_phase": "pooling-then-substitution", "mc_pooling_samples": -4}, "--mc-pooling-samples -4 must be"),
+    ({**POOLING, "mc_phase": "pooling-then-substitution", "mc_pooling_samples": 3}, "multiple of --mc-variants 2"),
+    ({**POOLING, "mc_phase": "pooling", "mc_loss_contrast": 1.0}, "--mc-loss-contrast has no effect with --mc-phase"),
+    ({**FORWARD, "seq_length": 512, "mc_plan": "recency", "mc_variants": 1, "mc_level2_prob": None,
+      "gaussian_rope_learnable_sigma": None}, "--mc-teacher forward would teach the model what it sees itself"),
+    ({**GISTNET, "mc_guard_after": 1}, "--mc-guard-after 1 is too soon for --mc-gist-kind gistnet"),
+    ({"mc_max_level": 1, "mc_level2_prob": None, "mc_source_length": 256, "mc_curriculum": "0:128:0.5"},
+     "names a probability of level 2, which --mc-max-level 1 rules out"),
     ({**POOLING, "mc_phase": "pooling", "mc_gist_span_head": True}, "--mc-gist-span-head would never learn"),
 ]  # fmt: skip
 """Command lines, and what the sentence that refuses them says."""
@@ -43,6 +51,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(tmp_path: Path):
     outcomes = parse_only(lines, tmp_path, world_size=2)
     for (flags, words), outcome in zip(REFUSED, outcomes, strict=True):
         assert words in refusal(outcome), flags
+
+
+def test_answers_are_asked_for_by_ids_of_the_tokenizer(corpus: Path, tmp_path: Path):
+    beyond, last = (small_flags(corpus, mc_loss_after_token=[3, token]) for token in (320, 319))
+    refused, accepted = parse_only([beyond, last], tmp_path)
+    assert "--mc-loss-after-token 320 is no id of the tokenizer, which has 320" in refusal(refused)
+    assert "after_token=(3, 319)" in accepted["settings"]
 
 
 def test_a_second_forward_needs_rows_that_ranks_can_share_out(tmp_path: Path):
