@@ -191,13 +191,16 @@ class ContextConfig:
         """Rows to save, counted in level-1 collapses (each saves `block_size - 1` rows)."""
         return (self.source_length - self.dropped_tokens - self.window) // (self.block_size - 1)
 
+    def nodes(self, level: int) -> slice:
+        """Return which nodes of a level from 1 on may stand in a row, counted from the oldest of the source."""
+        width = self.block_size**level
+        first = -(-self.dropped_tokens // width)
+        return slice(first, max(first, (self.source_length - self.protected_tokens) // width))
+
     def eligible(self) -> tuple[int, int]:
         """Return how many blocks and how many level-2 blocks may collapse when documents are ignored."""
-        k = self.block_size
-        first = -(-self.dropped_tokens // k)
-        last = (self.source_length - self.protected_tokens) // k
-        supers = max(0, last // k - -(-first // k)) if self.max_level >= 2 else 0
-        return max(0, last - first), supers
+        blocks, supers = (self.nodes(level).stop - self.nodes(level).start for level in (1, 2))
+        return blocks, supers if self.max_level >= 2 else 0
 
     def superblock_bounds(self, merges: int, blocks: int, supers: int) -> tuple[int, int]:
         """Return the fewest and the most level-2 collapses that reach `merges`; infeasible if the first is larger.

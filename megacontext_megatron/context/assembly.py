@@ -81,12 +81,9 @@ def shuffled_gists(levels: list[Gists], context: ContextConfig) -> list[Gists]:
     They are of another raw sample, or, where there is one, from another place of it.  Nothing of the tokens that never
     collapse gets into a row.  A level with one such gist keeps it.
     """
-    shuffled, width = [], 1
-    for level in levels:
-        width *= context.block_size
-        first = -(-context.dropped_tokens // width)
-        last = (context.source_length - context.protected_tokens) // width
-        inside = slice(first, max(first, last))
+    shuffled = []
+    for number, level in enumerate(levels, start=1):
+        inside = context.nodes(number)
         shift = None if level.shift is None else _rolled(level.shift, inside)
         shuffled.append(level._replace(vectors=_rolled(level.vectors, inside), shift=shift))
     return shuffled

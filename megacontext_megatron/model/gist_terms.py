@@ -35,9 +35,7 @@ def contrast(levels: list[Gists], context: ContextConfig) -> tuple[Tensor, int]:
     """
     total, pairs = levels[0].vectors.new_zeros((), dtype=torch.float32), 0
     for number, level in enumerate(levels, start=1):
-        width = context.block_size**number
-        first = -(-context.dropped_tokens // width)
-        gists = level.vectors[first : max(first, (context.source_length - context.protected_tokens) // width)]
+        gists = level.vectors[context.nodes(number)]
         blocks, samples = gists.shape[:2]
         if blocks * samples < 2:
             continue

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megacontext_megatron.config import ContextConfig
-from megacontext_megatron.context.assembly import assemble_rows, gists_of, shuffled_gists
+from megacontext_megatron.context.assembly import assemble_rows, gists_of
 from megacontext_megatron.context.gists import GREATEST_GAIN, Gister, Gists, embedding_rms, mean_gists
 from megacontext_megatron.spans.metadata import SpanMetadata
 from megacontext_megatron.spans.plan import plan_rows
@@ -383,26 +383,3 @@ def test_a_source_shorter_than_a_level_2_block_has_no_such_entries():
     table = entry_table(tokens, context)
     assert table.shape == (8 + 2, 1, HIDDEN)
     assert torch.equal(assemble_rows(tokens, planned(context, 1), context, mean_gists).rows, table[[8, 4, 5, 6, 7]])
-
-
-@pytest.mark.parametrize("raw", [1, 3])
-def test_shuffled_gists_are_others_of_their_level_with_their_shift(raw: int):
-    context = small(variants=1)
-    tokens = embeddings(context, raw, seed=8)
-    levels = gists_of(tokens, embedding_rms(tokens), context, mean_gists)
-    levels = [level._replace(shift=level.vectors[..., :2]) for level in levels]
-    width = 1
-    for before, after in zip(levels, shuffled_gists(levels, context), strict=True):
-        width *= context.block_size
-        first = -(-context.dropped_tokens // width)
-        inside = slice(first, max(first, (context.source_length - context.protected_tokens) // width))
-        assert after.shift is not None
-        assert torch.equal(after.shift, after.vectors[..., :2])
-        same = (after.vectors == before.vectors).all(dim=-1)
-        alone = before.vectors[inside].shape[0] * raw < 2
-        assert alone or not same[inside].any()
-        assert same[: inside.start].all()
-        assert same[inside.stop :].all()
-        assert torch.equal(
-            after.vectors[inside].flatten(0, 1).sort(0)[0], before.vectors[inside].flatten(0, 1).sort(0)[0]
-        )
