@@ -175,7 +175,9 @@ def test_a_terms_weight_lowers_it(taught: Taught, tmp_path: Path):
 def test_in_the_pooling_phase_gists_learn_from_pooling_alone(taught: Taught, trained: TrainResult, tmp_path: Path):
     """Other terms change nothing of GistNet's first gradient, and all of it when the phase is over."""
     flags = {"train_iters": 3, "lr_decay_iters": 6, "mc_loss_kl": None, "mc_loss_advantage": None}
-    alone = taught.train(tmp_path / "alone", recording.gist_gradients, mc_phase="pooling", **flags)
+    alone = taught.train(
+        tmp_path / "alone", recording.gist_gradients, mc_phase="pooling", mc_loss_contrast=None, **flags
+    )
     both = taught.train(tmp_path / "both", recording.gist_gradients, **flags)
     [phased], [pooled], [substituted] = trained.values, alone.values, both.values
     assert phased[0].keys() == pooled[0].keys() == substituted[0].keys()
