@@ -11,7 +11,7 @@ from pathlib import Path
 
 from examples.real_text import report
 from examples.real_text.documents import SUFFIXES, build
-from examples.real_text.recipe import ARMS, Recipe, evaluation_flags
+from examples.real_text.recipe import ARMS, FULL, Recipe, evaluation_flags
 from examples.real_text.running import Run, run_all
 from megacontext_megatron.config import PLANS, ConfigError
 
@@ -53,7 +53,13 @@ def parser() -> argparse.ArgumentParser:
         "--plan",
         choices=[plan for plan in PLANS if plan != "recency"],
         default=typical.plan,
-        help="which blocks collapse",
+        help="which blocks collapse where models are evaluated",
+    )
+    add(
+        "--training-plan",
+        choices=[plan for plan in PLANS if plan != "recency"],
+        default=typical.training_plan,
+        help="the same in training",
     )
     add("--learning-rate", type=float, default=typical.learning_rate, help=f"default: {typical.learning_rate}")
     add("--init-std", type=float, default=typical.init_std, help=f"default: {typical.init_std}")
@@ -97,7 +103,7 @@ def train(asked: argparse.Namespace, more: tuple[str, ...]) -> list[str]:
     )
     if recipe.raw_tokens > corpus.train_tokens:
         print(f"> {recipe.raw_tokens:,} tokens of training repeat the {corpus.train_tokens:,} there are")
-    evaluation_flags(recipe, corpus, folder)
+    evaluation_flags(recipe, FULL, corpus, folder)
     runs = [
         Run(recipe=recipe, corpus=corpus, arm=arm, seed=seed, folder=folder / f"{arm}-{seed}")
         for arm in sorted(asked.arms, key=ARMS.index)

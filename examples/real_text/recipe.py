@@ -19,6 +19,9 @@ ARMS = (FULL, GISTNET, MEAN)
 The longest comes first, so that no run is left alone at the end.
 """
 
+NEWEST = "newest"
+"""The loss of a model trained on all rows where it sees the newest `rows` alone, in results."""
+
 VARIANTS = 2
 CACHE = "cache"
 """The folder of Megatron's indices in the folder of a run."""
@@ -31,6 +34,7 @@ class Recipe:
     """A byte-level model, its contexts and its training, equal in all arms.
 
     `batch_tokens` are the raw tokens of a step; `evaluated` is the most held-out samples an input is evaluated on.
+    Contexts collapse by `training_plan` in training and by `plan` when they are evaluated.
     Raises ConfigError for sizes that do not fit.
     """
 
@@ -40,6 +44,7 @@ class Recipe:
     recent_tokens: int = 128
     horizon: int = 64
     plan: str = "heuristic"
+    training_plan: str = "heuristic"
     layers: int = 8
     hidden: int = 512
     heads: int = 8
@@ -153,7 +158,7 @@ def _context_flags(recipe: Recipe, arm: str) -> Flags:
         own: Flags = {"seq_length": recipe.source_length, "mc_plan": "recency"}
         contexts = recipe.samples
     else:
-        own = {"seq_length": recipe.rows, "mc_plan": recipe.plan, "mc_variants": VARIANTS, "mc_gist_kind": arm}
+        own = {"seq_length": recipe.rows, "mc_plan": recipe.training_plan, "mc_variants": VARIANTS, "mc_gist_kind": arm}
         contexts = recipe.samples * VARIANTS
     return {
         **shared,
@@ -164,7 +169,7 @@ def _context_flags(recipe: Recipe, arm: str) -> Flags:
     }
 
 
-def evaluation_flags(recipe: Recipe, corpus: Corpus, load: Path) -> Flags:
+def evaluation_flags(recipe: Recipe, arm: str, corpus: Corpus, load: Path) -> Flags:
     """Return the command line of an evaluation: of whole micro-batches of different samples, the same in all arms."""
     size = -(-recipe.samples // VARIANTS) * VARIANTS
     available = (corpus.valid_tokens - 1) // recipe.source_length
@@ -175,7 +180,19 @@ def evaluation_flags(recipe: Recipe, corpus: Corpus, load: Path) -> Flags:
             "micro-batch: give more text, raise --held-out or lower --batch-tokens."
         )
     device: Flags = {"cpu": True} if recipe.cpu else {}
-    return {**device, "load": str(load), "micro_batch_size": size, "mc_eval_samples": count}
+    plan: Flags = {} if arm == FULL else {"mc_plan": recipe.plan}
+    return {**device, **plan, "load": str(load), "micro_batch_size": size, "mc_eval_samples": count}
+
+
+def newest_flags(recipe: Recipe) -> Flags:
+    """Return what makes an evaluation of a model trained on all rows one of its newest `rows` alone."""
+    return {
+        "seq_length": recipe.rows,
+        "max_position_embeddings": recipe.rows,
+        "mc_plan": recipe.plan,
+        "mc_eval_inputs": ["recency"],
+        "finetune": True,
+    }
 
 
 def words(flags: Mapping[str, str | int | float | bool | list[str]]) -> list[str]:

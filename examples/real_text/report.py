@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.real_text.recipe import FULL, GISTNET, MEAN
+from examples.real_text.recipe import FULL, GISTNET, MEAN, NEWEST
 from examples.real_text.running import RESULT_FILE
 
 RESULTS_FILE = "results.json"
@@ -30,9 +30,9 @@ class Input:
     def rows_and_tokens(self, recipe: Mapping[str, Any]) -> tuple[int, int]:
         """Return the rows of the input, and the tokens of history they stand for."""
         window, source = recipe["rows"], recipe["source_length"]
-        if self.key == "full" or self.arm == FULL:
-            return source, source
-        return window, window if self.key == "recency" else source
+        if self.key == NEWEST or (self.key == "recency" and self.arm != FULL):
+            return window, window
+        return (source if self.key == "full" or self.arm == FULL else window), source
 
 
 INPUTS = (
@@ -46,6 +46,7 @@ INPUTS = (
     Input(label="GistNet: same weights, all rows", arm=GISTNET, key="full"),
     # a run whose rows are all tokens has one input, which evaluate calls recency
     Input(label="trained on all rows", arm=FULL, key="recency"),
+    Input(label="trained on all rows: newest rows", arm=FULL, key=NEWEST),
 )
 _DERIVED = {
     "gap closed by GistNet": ("share of (recency - trained on all rows)", GISTNET),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.real_text.documents import Corpus
-from examples.real_text.recipe import CACHE, Recipe, evaluation_flags, training_flags, words
+from examples.real_text.recipe import CACHE, FULL, NEWEST, Recipe, evaluation_flags, newest_flags, training_flags, words
 from megacontext_megatron.telemetry.report import EVALUATION_FILE
 
 RESULT_FILE = "result.json"
@@ -77,7 +77,7 @@ def execute(run: Run) -> dict[str, Any]:
     flags = training_flags(run.recipe, run.arm, run.seed, run.corpus, run.folder)
     trained = _command(run, "pretrain", [*words(flags), *run.recipe.more])
     ended = time.monotonic()
-    _command(run, "evaluate", words(evaluation_flags(run.recipe, run.corpus, run.folder)))
+    evaluation = _evaluated(run)
     steps = [float(milliseconds) for milliseconds in _STEP.findall(trained)]
     result = {
         **run.identity,
@@ -88,10 +88,24 @@ def execute(run: Run) -> dict[str, Any]:
         "step_ms": sorted(steps)[len(steps) // 2],
         "training_seconds": ended - started,
         "seconds": time.monotonic() - started,
-        "evaluation": json.loads((run.folder / EVALUATION_FILE).read_text()),
+        "evaluation": evaluation,
     }
     (run.folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _evaluated(run: Run) -> dict[str, Any]:
+    """Evaluate a run's checkpoint; of a model trained on all rows, also the loss on the newest alone."""
+    flags = evaluation_flags(run.recipe, run.arm, run.corpus, run.folder)
+    written = run.folder / EVALUATION_FILE
+    _command(run, "evaluate", words(flags))
+    evaluation = json.loads(written.read_text())
+    if run.arm == FULL:
+        _command(run, "evaluate", words({**flags, **newest_flags(run.recipe)}))
+        newest = json.loads(written.read_text())
+        evaluation[NEWEST] = newest["recency"]
+        evaluation["errors"][NEWEST] = newest["errors"]["recency"]
+    return evaluation
 
 
 def _finished(run: Run) -> bool:

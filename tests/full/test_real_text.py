@@ -31,7 +31,7 @@ CORPUS = Corpus(
 LOSSES = {
     MEAN: {"recency": 1.30, "mixed": 1.28, "shuffled": 1.31, "full": 1.5},
     GISTNET: {"recency": 1.30, "mixed": 1.25, "shuffled": 1.32, "full": 1.4},
-    FULL: {"recency": 1.20},
+    FULL: {"recency": 1.20, "newest": 1.22},
 }
 
 
@@ -88,10 +88,10 @@ def test_arms_read_the_same_tokens_in_as_many_steps():
 
 
 def test_evaluations_are_of_whole_micro_batches_that_the_text_fills():
-    flags = evaluation_flags(Recipe(), CORPUS, Path("save"))
+    flags = evaluation_flags(Recipe(), MEAN, CORPUS, Path("save"))
     assert (flags["micro_batch_size"], flags["mc_eval_samples"]) == (8, 24)
     with pytest.raises(ConfigError, match=r"holds 6 samples of 16384 tokens, less than the 8 of a micro-batch"):
-        evaluation_flags(Recipe(source_length=16384, batch_tokens=8 * 16384), CORPUS, Path("save"))
+        evaluation_flags(Recipe(source_length=16384, batch_tokens=8 * 16384), FULL, CORPUS, Path("save"))
     with pytest.raises(ConfigError, match="--batch-tokens 32768 must be a multiple of --source-length 4064"):
         Recipe(source_length=4064)
 
@@ -128,6 +128,7 @@ def test_the_table_states_what_was_compared(tmp_path):
     lines = list(report.table_lines(results()))
     assert "| GistNet: mixed | 1024 | 4096 | 3 | 1.2700 ± 0.0100 | 0.0050 |" in lines
     assert "| trained on all rows | 4096 | 4096 | 3 | 1.2000 ± 0.0000 |  |" in lines
+    assert "| trained on all rows: newest rows | 1024 | 1024 | 3 | 1.2200 ± 0.0000 |  |" in lines
     assert "| gistnet | 25,000,000 | 1,200 | 19,660,800 | 39,321,600 | 40 | 90 |" in lines
     assert any(line.startswith("- gap closed by GistNet: 30.0 ± 10.0 %") for line in lines)
     single = list(report.table_lines(results(seeds=(1,))))
