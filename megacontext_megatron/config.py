@@ -6,7 +6,24 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-ENCODINGS = ("gaussian_rope",)
+from megacontext_megatron.encoding_config import (
+    ADDITIVE_ENCODINGS,
+    ROTARY_ENCODINGS,
+    AdditiveConfig,
+    BiasConfig,
+    FrequencyRule,
+    LayerFrequencies,
+    RetrofitConfig,
+)
+
+STOCK_ENCODINGS = ("learned_absolute", "rope", "none")
+"""Names of `--position-embedding-type` that run Megatron's own code, unless rows carry spans or scores a bias."""
+
+ENCODINGS = (
+    "gaussian_rope",
+    "grapem",
+    *(name for name in (*ROTARY_ENCODINGS, *ADDITIVE_ENCODINGS) if name not in STOCK_ENCODINGS),
+)
 """Names that `--position-embedding-type` takes in addition to Megatron's own."""
 
 NLL_LAST = "mc/nll_last/{H}/{variant}"
@@ -38,7 +55,8 @@ class RotaryConfig:
 
     `head_dim` is `--kv-channels`; the rotated part is `head_dim * percent` channels.  `interpolation` is
     `--rotary-seq-len-interpolation-factor`; `llama3_factor` is `--rope-scaling-factor` where `--use-rope-scaling`
-    is given.
+    is given.  `rule` is another frequency rule, `resonance` rounds its wavelengths to whole tokens, `by_layer` is what
+    layers find themselves.  `length` is the number of tokens that the run's history holds, which some rules depend on.
     """
 
     head_dim: int
@@ -47,6 +65,10 @@ class RotaryConfig:
     interleaved: bool = False
     interpolation: int | None = None
     llama3_factor: float | None = None
+    rule: FrequencyRule | None = None
+    resonance: bool = False
+    by_layer: LayerFrequencies | None = None
+    length: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -332,6 +354,9 @@ class Settings:
     rotary: RotaryConfig
     context: ContextConfig
     gaussian: GaussianRopeConfig | None = None
+    biases: tuple[BiasConfig, ...] = ()
+    additive: AdditiveConfig | None = None
+    retrofit: RetrofitConfig | None = None
     gist: GistConfig = field(default_factory=lambda: GistConfig(hidden=1))
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
