@@ -7,10 +7,12 @@ import dataclasses
 import math
 from importlib.util import find_spec
 
+from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megacontext_megatron.config import (
     ENCODINGS,
+    STOCK_ENCODINGS,
     ConfigError,
     ContextConfig,
     GaussianRopeConfig,
@@ -18,6 +20,16 @@ from megacontext_megatron.config import (
     RotaryConfig,
     Settings,
 )
+from megacontext_megatron.encoding_arguments import (
+    additive_config,
+    bias_configs,
+    damps,
+    refuse_idle_flags,
+    retrofit_config,
+    rotary_config,
+    rotary_name,
+)
+from megacontext_megatron.encoding_flags import ENCODING_FLAGS
 from megacontext_megatron.flags import (
     RUN_FLAGS,
     ContextFlags,
@@ -36,6 +48,7 @@ from megacontext_megatron.objective_arguments import (
     prediction_config,
     watch_config,
 )
+from megacontext_megatron.position.frequencies import rotary_frequencies
 from megacontext_megatron.refusals import REFUSALS, SPAN_REFUSALS
 
 Namespace = argparse.Namespace
@@ -43,7 +56,7 @@ Namespace = argparse.Namespace
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the plugin's groups to Megatron's parser and return it."""
-    for flags, title in RUN_FLAGS.items():
+    for flags, title in {**RUN_FLAGS, **ENCODING_FLAGS}.items():
         ArgumentGroupFactory(flags).build_group(parser, title=title)
     # A mistyped flag is answered with the usage line, which would otherwise list several hundred flags first.
     parser.usage = "%(prog)s FLAGS    (--help lists them)"
@@ -55,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def flag_table() -> str:
     """Return the plugin's flags as a Markdown table: flag, values, default, meaning."""
     parser = argparse.ArgumentParser(add_help=False)
-    groups = [ArgumentGroupFactory(flags).build_group(parser) for flags in (*RUN_FLAGS, EvaluationFlags, TeacherFlags)]
+    kinds = (*RUN_FLAGS, *ENCODING_FLAGS, EvaluationFlags, TeacherFlags)
+    groups = [ArgumentGroupFactory(flags).build_group(parser) for flags in kinds]
     lines = ["| flag | values | default | meaning |", "|---|---|---|---|"]
     for group in groups:
         for action in group._group_actions:
@@ -99,21 +113,35 @@ def refuse_unsupported(args: Namespace) -> None:
     for refusal in (*REFUSALS, *(SPAN_REFUSALS if spans else ())):
         if refusal.asked(args):
             raise ConfigError(f"{refusal.flag} is not supported with megacontext_megatron: {refusal.why}.")
-    if args.mc_encoding is not None and args.mc_encoding not in ENCODINGS:
+    if args.mc_encoding is not None and args.mc_encoding not in (*ENCODINGS, *STOCK_ENCODINGS):
         raise ConfigError(f"--mc-encoding {args.mc_encoding} is unknown: use --position-embedding-type.")
     if args.megacontext and not spans:
         raise ConfigError(
-            "--megacontext needs --position-embedding-type gaussian_rope: rows that stand for several tokens have no "
-            "place in a stock encoding (--gaussian-rope-sigma none gives plain rope at the centre of each row)."
+            "--megacontext needs --position-embedding-type: gaussian_rope, rope at the centres of rows, or another "
+            "one of the support matrix."
         )
+    if not spans and (args.position_bias or args.grape_a or args.retrofit):
+        raise ConfigError("--position-bias, --grape-a and --retrofit need a --position-embedding-type (or none).")
     for group in (ContextFlags, GistFlags, ObjectiveFlags, PredictionFlags, WatchFlags):
         _refuse_without_effect(args, group, "--megacontext", on=args.megacontext)
-    _refuse_without_effect(args, PositionFlags, "--position-embedding-type gaussian_rope", on=spans)
+    turned = rotary_name(args) is not None
+    _refuse_without_effect(
+        args, PositionFlags, "--position-embedding-type gaussian_rope", on=damps(args), but=_OF_ALL_SPANS
+    )
+    if args.gaussian_rope_phase != PositionFlags().gaussian_rope_phase and not turned:
+        raise ConfigError("--gaussian-rope-phase has no effect without a rotary --position-embedding-type over spans.")
+    if args.gaussian_rope_log_width_bias and not spans:
+        raise ConfigError("--gaussian-rope-log-width-bias has no effect without --megacontext.")
+    refuse_idle_flags(args)
     _refuse_idle_settings(args)
-    if args.mc_backend != "auto" and not spans:
+    if args.mc_backend != "auto" and not turned:
         raise ConfigError(
-            f"--mc-backend {args.mc_backend} has no effect without --position-embedding-type gaussian_rope."
+            f"--mc-backend {args.mc_backend} has no effect without a rotary --position-embedding-type over spans."
         )
+
+
+_OF_ALL_SPANS = ("mc_encoding", "gaussian_rope_phase", "gaussian_rope_log_width_bias")
+"""Fields of PositionFlags that other encodings of rows with spans read too."""
 
 
 def _refuse_idle_settings(args: Namespace) -> None:
@@ -125,9 +153,9 @@ def _refuse_idle_settings(args: Namespace) -> None:
         raise ConfigError("--mc-eod-policy has no effect with --mc-plan recency, which collapses nothing.")
 
 
-def _refuse_without_effect(args: Namespace, group: type, switch: str, *, on: bool) -> None:
+def _refuse_without_effect(args: Namespace, group: type, switch: str, *, on: bool, but: tuple[str, ...] = ()) -> None:
     for field in dataclasses.fields(group):
-        if not on and getattr(args, field.name) != field.default:
+        if not on and field.name not in but and getattr(args, field.name) != field.default:
             raise ConfigError(f"--{field.name.replace('_', '-')} has no effect without {switch}.")
 
 
@@ -144,8 +172,11 @@ def context_config(args: Namespace) -> ContextConfig:
 
 
 def gaussian_config(args: Namespace, context: ContextConfig) -> GaussianRopeConfig | None:
-    """Return the Gaussian settings of parsed arguments, None for a stock encoding."""
-    if args.mc_encoding != "gaussian_rope":
+    """Return how rows' spans act on positions, None where Megatron's own code runs a stock encoding.
+
+    Encodings that do not damp have a spread of 0 everywhere.
+    """
+    if args.mc_encoding is None:
         return None
     prefix = "gaussian_rope_"
     config = GaussianRopeConfig(
@@ -155,6 +186,8 @@ def gaussian_config(args: Namespace, context: ContextConfig) -> GaussianRopeConf
             if f.name.startswith(prefix)
         }
     )
+    if not damps(args):
+        config = dataclasses.replace(config, sigma="none")
     if config.learnable_sigma != "none" and config.sigma == "none":
         raise ConfigError("--gaussian-rope-learnable-sigma has nothing to scale with --gaussian-rope-sigma none.")
     learned = {
@@ -177,14 +210,21 @@ def gaussian_config(args: Namespace, context: ContextConfig) -> GaussianRopeConf
     return config
 
 
-def rotary_backend(args: Namespace, gaussian: GaussianRopeConfig | None) -> RotaryBackend:
+def rotary_backend(args: Namespace, gaussian: GaussianRopeConfig | None, rotary: RotaryConfig) -> RotaryBackend:
     """Return what rotates queries and keys: what was asked for, else the kernel where it runs and covers the flags."""
+    fusable = rotary.by_layer is not None or rotary_frequencies(rotary).fusable
+    covered = gaussian is not None and gaussian.fusable and fusable
+    if args.mc_backend == "triton" and gaussian is not None and not fusable:
+        raise ConfigError(
+            "--mc-backend triton has no factor on cos and sin and no start window, which this rotary encoding needs: "
+            "use torch or auto."
+        )
     installed = find_spec("triton") is not None
     if args.mc_backend == "triton" and not installed:
         raise ConfigError("--mc-backend triton needs the package triton, which is not installed: use torch or auto.")
     if args.mc_backend != "auto":
         return args.mc_backend
-    return "triton" if gaussian is not None and gaussian.fusable and installed and not args.cpu else "torch"
+    return "triton" if covered and rotary_name(args) and installed and not args.cpu else "torch"
 
 
 def layers_without_rope(no_rope_freq: int | list[int] | None, num_layers: int) -> tuple[int, ...]:
@@ -196,22 +236,29 @@ def layers_without_rope(no_rope_freq: int | list[int] | None, num_layers: int) -
     return tuple(layer for layer, skipped in enumerate(no_rope_freq, start=1) if skipped)
 
 
+def windowed_layers(args: Namespace) -> tuple[int, ...]:
+    """Return the layers, counted from 1, that attend within a sliding window."""
+    size, skip = args.window_size, args.window_attn_skip_freq
+    return tuple(
+        layer for layer in range(1, args.num_layers + 1) if size and is_layer_window_attention(size, skip, layer)
+    )
+
+
 def settings_from(args: Namespace) -> Settings:
     """Return the settings of arguments that Megatron has validated; raises ConfigError naming flags that do not fit."""
     context = context_config(args)
     gaussian = gaussian_config(args, context)
+    rotary = rotary_config(args, context)
+    everywhere = tuple(range(1, args.num_layers + 1))
+    skipped = layers_without_rope(args.no_rope_freq, args.num_layers)
     return Settings(
         encoding=args.mc_encoding or args.position_embedding_type,
-        rotary=RotaryConfig(
-            head_dim=args.kv_channels,
-            base=args.rotary_base,
-            percent=args.rotary_percent,
-            interleaved=args.rotary_interleaved,
-            interpolation=args.rotary_seq_len_interpolation_factor,
-            llama3_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
-        ),
+        rotary=rotary,
         context=context,
         gaussian=gaussian,
+        biases=bias_configs(args, context, windowed_layers(args)),
+        additive=additive_config(args, context),
+        retrofit=retrofit_config(args),
         gist=gist_config(args),
         objective=objective_config(args, context),
         prediction=prediction_config(args, context),
@@ -219,8 +266,8 @@ def settings_from(args: Namespace) -> Settings:
         curriculum=curriculum_stages(args, context),
         megacontext=args.megacontext,
         seed=args.seed,
-        backend=rotary_backend(args, gaussian),
-        no_rope_layers=layers_without_rope(args.no_rope_freq, args.num_layers),
+        backend=rotary_backend(args, gaussian, rotary),
+        no_rope_layers=everywhere if gaussian is not None and rotary_name(args) is None else skipped,
     )
 
 

@@ -6,16 +6,20 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from megacontext_megatron.config import ENCODINGS, ConfigError
+from megacontext_megatron.config import ENCODINGS, STOCK_ENCODINGS, ConfigError
 
 ENCODING_FLAG = "--position-embedding-type"
 REAL_ENCODING_FLAG = "--mc-encoding"
 """Where the name given to `--position-embedding-type` is kept; Megatron itself is told `rope`."""
 
-STOCK_ENCODINGS = ("learned_absolute", "rope", "none")
-"""Megatron's own encodings that run Megatron's own code here."""
+INSTEAD_OF_STOCK = {"relative": "none with --position-bias t5"}
+"""Megatron's own encodings that have another name here."""
 
-UNSUPPORTED_STOCK = ("mrope", "relative", "yarn")
+SPAN_FLAGS = (
+    *("--megacontext", "--position-bias", "--grape-a", "--retrofit"),
+    *("--rope-stretch", "--rope-stretch-rule", "--rope-resonance"),
+)
+"""Flags under which the plugin's code runs Megatron's own encodings, over rows with spans."""
 
 CPU_FLAG = "--cpu"
 YAML_FLAG = "--yaml-cfg"
@@ -48,7 +52,7 @@ CPU_FLAGS = (
 CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 """Environment of a run without a GPU, where the user set nothing else; must be set before torch is imported."""
 
-_OWN_PREFIXES = ("--mc-", "--gaussian-rope-", "--megacontext")
+_OWN_PREFIXES = ("--mc-", "--gaussian-rope-", *SPAN_FLAGS)
 
 
 def values_of(argv: Sequence[str], flag: str) -> list[str]:
@@ -87,10 +91,16 @@ def normalised(argv: Sequence[str]) -> list[str]:
     for encoding in values_of(words, ENCODING_FLAG):
         _check_encoding(encoding)
     encoding = value_of(words, ENCODING_FLAG)
-    words = [_renamed(word, words[place - 1] if place else "") for place, word in enumerate(words)]
-    if encoding in ENCODINGS:
+    if encoding in ENCODINGS or (encoding in STOCK_ENCODINGS and _wants_spans(words)):
+        words = [_renamed(word, words[place - 1] if place else "") for place, word in enumerate(words)]
         words += [REAL_ENCODING_FLAG, encoding]
     return words + _needed(words)
+
+
+def _wants_spans(words: Sequence[str]) -> bool:
+    """Return whether a stock encoding is to run over rows with spans, unless the line says so already."""
+    given = {word.split("=")[0] for word in words}
+    return REAL_ENCODING_FLAG not in given and not given.isdisjoint(SPAN_FLAGS)
 
 
 def _needed(words: Sequence[str]) -> list[str]:
@@ -116,21 +126,18 @@ def prepare_environment(argv: Sequence[str]) -> None:
 
 def _check_encoding(encoding: str) -> None:
     known = ", ".join((*STOCK_ENCODINGS, *ENCODINGS))
-    if encoding in UNSUPPORTED_STOCK:
-        raise ConfigError(
-            f"{ENCODING_FLAG} {encoding} is not supported by this command: use Megatron's own pretrain_gpt.py for "
-            f"it, or one of {known}."
-        )
+    if encoding in INSTEAD_OF_STOCK:
+        raise ConfigError(f"{ENCODING_FLAG} {encoding} is {INSTEAD_OF_STOCK[encoding]} here.")
     if encoding not in (*STOCK_ENCODINGS, *ENCODINGS):
         raise ConfigError(f"{ENCODING_FLAG} {encoding} is unknown: choose one of {known}.")
 
 
 def _renamed(word: str, before: str) -> str:
-    """Return `rope` for one of our encodings where it is the value of the encoding flag, else the word itself."""
-    flag, separator, value = word.partition("=")
-    if flag == ENCODING_FLAG and value in ENCODINGS:
+    """Return `rope` for the value of the encoding flag, else the word itself."""
+    flag, separator, _ = word.partition("=")
+    if flag == ENCODING_FLAG and separator:
         return flag + separator + "rope"
-    return "rope" if before == ENCODING_FLAG and word in ENCODINGS else word
+    return "rope" if before == ENCODING_FLAG else word
 
 
 def _missing(words: Sequence[str], flags: Sequence[str]) -> list[str]:

@@ -371,3 +371,15 @@ class Settings:
 
     no_rope_layers: tuple[int, ...] = field(default=())
     """Layer numbers, counted from 1, on which rotary is off."""
+
+    def biases_of(self, layer: int) -> tuple[BiasConfig, ...]:
+        """Return the score biases of a layer, counted from 1."""
+        return tuple(bias for bias in self.biases if layer in bias.layers)
+
+    def slopes_by_query(self, layer: int) -> bool:
+        """Return whether a layer, counted from 1, carries the slopes that a retrofit draws from queries."""
+        return layer == 1 and self.retrofit is not None and "alibi-lora" in self.retrofit.parts
+
+    def biased(self, layer: int) -> bool:
+        """Return whether scores of a layer, counted from 1, have a bias."""
+        return bool(self.biases_of(layer)) or self.slopes_by_query(layer)

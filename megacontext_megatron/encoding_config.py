@@ -41,8 +41,8 @@ class YarnRule:
     """YaRN (Peng et al. 2023, 2309.00071): a ramp over rotary pairs, and a factor on the logits.
 
     The factor on cos and sin is `attention_factor`, or that of `mscale` over that of `mscale_all_dim` where both are
-    given, or 0.1 ln factor + 1.  Under `deepseek` cos and sin have none and the softmax scale of the whole head takes
-    (0.1 mscale_all_dim ln factor + 1)^2.
+    given and not 0, or 0.1 ln factor + 1.  Under `deepseek` cos and sin have none and the softmax scale of the whole
+    head takes (0.1 mscale_all_dim ln factor + 1)^2, without an mscale_all_dim 1.
     """
 
     factor: float

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,15 +32,23 @@ from megacontext_megatron.data_checks import (
     check_tokenizers,
     holds_out,
 )
+from megacontext_megatron.encoding_lines import encoding_lines
 from megacontext_megatron.model.datasets import DatasetProvider, check_teacher
-from megacontext_megatron.model.gpt import build_model
+from megacontext_megatron.model.gpt import MegaContextGPTModel, build_model
 from megacontext_megatron.model.guard import GistGuard
 from megacontext_megatron.model.objective import TrainingObjective
 from megacontext_megatron.model.parallel_groups import sum_over_context, sum_partial_gradients
 from megacontext_megatron.model.step import ForwardStep
 from megacontext_megatron.model.teaching import Teacher
 from megacontext_megatron.model.validation import loss_checks
-from megacontext_megatron.retrofit.checkpoint import check_checkpoint, require_checkpoint, restore_settings
+from megacontext_megatron.retrofit.adapters import check_adapters, load_adapters
+from megacontext_megatron.retrofit.checkpoint import (
+    check_checkpoint,
+    require_checkpoint,
+    restore_settings,
+    starts_retrofit,
+)
+from megacontext_megatron.retrofit.freezing import freeze_base
 from megacontext_megatron.telemetry import flops
 from megacontext_megatron.telemetry.observer import TrainingObserver
 from megacontext_megatron.telemetry.probes import Prober, check_probes
@@ -100,6 +109,8 @@ def parse(
     _announce_padding(args)
     check_teacher(args, settings)
     check_checkpoint(args)
+    if args.retrofit_adapters:
+        check_adapters(args, Path(args.retrofit_adapters))
     set_global_variables(args, build_tokenizer=False)
     return args, settings
 
@@ -134,7 +145,7 @@ def _seam_defaults(args: Namespace) -> None:
     # Restored from a checkpoint of another encoding, Megatron's own argument would name that one.
     args.position_embedding_type = "rope"
     if args.max_position_embeddings is None:
-        args.max_position_embeddings = args.seq_length
+        args.max_position_embeddings = args.mc_source_length or args.seq_length
 
 
 def _announce_padding(args: Namespace) -> None:
@@ -161,10 +172,18 @@ def transformer_config(args: Namespace, settings: Settings) -> MegaContextTransf
         MegaContextTransformerConfig, core_transformer_config_from_args(args, config_class=MegaContextTransformerConfig)
     )
     config.mc_settings = settings
-    if settings.no_rope_layers and settings.gaussian is not None and settings.gaussian.learnable_sigma != "none":
-        # Layers without rotary have no sigma to learn, so layers do not all hold the same keys.
+    if _layers_differ(settings, config.num_layers):
         config.hetereogenous_dist_checkpoint = True
     return config
+
+
+def _layers_differ(settings: Settings, num_layers: int) -> bool:
+    """Return whether some layers hold parameters that others lack, so that their checkpoint keys differ."""
+    if settings.gaussian is None:
+        return False
+    turned = settings.gaussian.learnable_sigma != "none" or settings.rotary.by_layer is not None
+    partly = turned and 0 < len(settings.no_rope_layers) < num_layers
+    return partly or settings.slopes_by_query(1) or any(len(bias.layers) < num_layers for bias in settings.biases)
 
 
 def _teacher(args: Namespace, settings: Settings) -> Teacher | None:
@@ -270,7 +289,7 @@ class Run:
         # Saved with the arguments in every checkpoint.
         args.mc_layers = [layer.as_row() for layer in resolved_layers(config)]
         self._print_layers()
-        return build_model(
+        model = build_model(
             config,
             args.padded_vocab_size,
             args.max_position_embeddings,
@@ -288,11 +307,26 @@ class Run:
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )
+        if self._settings.retrofit is not None:
+            self._retrofit(model)
+        return model
+
+    def _retrofit(self, model: torch.nn.Module) -> None:
+        """Freeze the base; a run that starts from one asks its checkpoint for the base alone."""
+        args = self._args
+        trained = freeze_base(model, self._settings)
+        cast(MegaContextGPTModel, model).expects_adapters = not starts_retrofit(args)
+        if starts_retrofit(args) and args.retrofit_adapters:
+            load_adapters(model, Path(args.retrofit_adapters))
+        if args.rank == 0:
+            print(f"> retrofit: the base is frozen, {len(trained)} tensors of this stage train", flush=True)
 
     def _print_layers(self) -> None:
         if self._args.rank != 0 or self._printed:
             return
         self._printed = True
+        for line in encoding_lines(self._settings, self._args.num_attention_heads, self._args.num_layers):
+            print(f"> {line}", flush=True)
         print("> layer | encoding | rotary | window | bias | core attention", flush=True)
         for row in self._args.mc_layers:
             print("> " + " | ".join(row), flush=True)

@@ -15,8 +15,9 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
+from megacontext_megatron.attention.biased_attention import BiasedAttention
 from megacontext_megatron.attention.core_attention import GatheredKeyAttention
 from megacontext_megatron.attention.norm import NormBuilder, PortableNorm, without_extra_state
 from megacontext_megatron.attention.self_attention import SpanSelfAttention
@@ -30,7 +31,8 @@ def decoder_block_spec(config: MegaContextTransformerConfig, vp_stage: int | Non
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=_on_te(config), normalization=config.normalization, vp_stage=vp_stage
     )
-    spec.layer_specs = [_adapted(layer, config) for layer in spec.layer_specs or ()]
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage) + 1
+    spec.layer_specs = [_adapted(layer, config, number) for number, layer in enumerate(spec.layer_specs or (), first)]
     spec.layer_norm = _norm(spec.layer_norm, config)
     return spec
 
@@ -39,7 +41,7 @@ def _on_te(config: MegaContextTransformerConfig) -> bool:
     return config.transformer_impl == "transformer_engine"
 
 
-def _adapted(layer: ModuleSpec, config: MegaContextTransformerConfig) -> ModuleSpec:
+def _adapted(layer: ModuleSpec, config: MegaContextTransformerConfig, number: int) -> ModuleSpec:
     layer = copy.deepcopy(layer)
     parts = cast(TransformerLayerSubmodules, layer.submodules)
     attention = cast(ModuleSpec, parts.self_attention)
@@ -51,7 +53,9 @@ def _adapted(layer: ModuleSpec, config: MegaContextTransformerConfig) -> ModuleS
     if config.qk_layernorm:
         inner.q_layernorm = _norm(inner.q_layernorm, config)
         inner.k_layernorm = _norm(inner.k_layernorm, config)
-    if not _on_te(config) and config.context_parallel_size > 1:
+    if config.settings.biased(number):
+        inner.core_attention = cast(Any, BiasedAttention)
+    elif not _on_te(config) and config.context_parallel_size > 1:
         inner.core_attention = GatheredKeyAttention
     return layer
 
@@ -83,30 +87,47 @@ class ResolvedLayer:
 def resolved_layers(config: MegaContextTransformerConfig) -> list[ResolvedLayer]:
     """Return the resolved table of all layers (counted from 1) of a model."""
     settings = config.settings
-    bias = "log-width" if settings.gaussian is not None and settings.gaussian.log_width_bias else "none"
     return [
         ResolvedLayer(
             layer=number,
-            encoding="none" if number in settings.no_rope_layers else settings.encoding,
+            encoding="none" if _unplaced(settings, number) else settings.encoding,
             rotary=_rotary(settings, number),
             window=window_of(config, number),
-            bias=bias,
+            bias=" + ".join(_biases(settings, number)) or "none",
             backend=_core_attention(config, number),
         )
         for number in range(1, config.num_layers + 1)
     ]
 
 
+def _unplaced(settings: Settings, layer_number: int) -> bool:
+    """Return whether a layer has no encoding of its own; an additive one is in the rows of all layers."""
+    return settings.additive is None and layer_number in settings.no_rope_layers
+
+
+def _biases(settings: Settings, layer_number: int) -> list[str]:
+    names = [str(bias.name) for bias in settings.biases_of(layer_number)]
+    if settings.gaussian is not None and settings.gaussian.log_width_bias:
+        names.append("log-width")
+    if settings.slopes_by_query(layer_number):
+        names.append("alibi-lora")
+    return names
+
+
 def _rotary(settings: Settings, layer_number: int) -> str:
     """Return whose code rotates queries and keys."""
     if layer_number in settings.no_rope_layers or settings.encoding not in ("rope", *ENCODINGS):
         return "none"
+    if settings.rotary.by_layer is not None:
+        return f"{settings.backend}, frequencies of the layer"
     return "Megatron" if settings.gaussian is None else settings.backend
 
 
 def _core_attention(config: MegaContextTransformerConfig, layer_number: int) -> str:
     """Return what computes attention: of Transformer Engine, which chooses a kernel itself, what it was asked for."""
     split = config.context_parallel_size > 1
+    if config.settings.biased(layer_number):
+        return "dense, biased, gathered keys" if split else "dense, biased"
     if not _on_te(config):
         return "dense, gathered keys" if split else "dense"
     asked = f"transformer_engine, {config.attention_backend.name}"

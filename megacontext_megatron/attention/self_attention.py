@@ -6,14 +6,27 @@ import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megacontext_megatron.attention.biased_attention import BiasedAttention
+from megacontext_megatron.attention.row_order import ZigzagOrder
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 from megacontext_megatron.config import Settings
+from megacontext_megatron.encoding_config import GrapeMConfig
+from megacontext_megatron.kernels.table_rotary import TableRotary
+from megacontext_megatron.position.contextual import ContextualSteps
 from megacontext_megatron.position.frequencies import rotary_frequencies
 from megacontext_megatron.position.gaussian import GaussianRotary, LearnableSigma, LogWidthBias
+from megacontext_megatron.position.heads import HeadShare
+from megacontext_megatron.position.layer_frequencies import layer_frequencies
+from megacontext_megatron.position.retrofit_biases import AlibiLora
+from megacontext_megatron.position.score_bias import ScoreBias
+from megacontext_megatron.position.score_biases import build_bias
 from megacontext_megatron.spans.metadata import SpanMetadata, is_carrier
 
 if TYPE_CHECKING:
@@ -31,38 +44,84 @@ class SpanSelfAttention(SelfAttention):
 
     config: MegaContextTransformerConfig
     _carrier: Tensor | None = None
+    _row_tensors: dict[str, Tensor]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = self.config.settings
-        self.rotary: GaussianRotary | None = None
+        self._row_tensors = {}
+        self.rotary: GaussianRotary | TableRotary | None = None
         self.log_width_bias: LogWidthBias | None = None
         if self.layer_number not in settings.no_rope_layers:
             self.rotary = self._build_rotary(settings)
         if settings.gaussian is not None and settings.gaussian.log_width_bias:
             scale = self.config.softmax_scale or 1.0 / math.sqrt(settings.rotary.head_dim)
             self.log_width_bias = LogWidthBias(scale, self._sum_over_ranks)
+        self.score_biases = torch.nn.ModuleDict(self._build_biases(settings))
+        if self.score_biases:
+            cast(BiasedAttention, self.core_attention).attach(self._biases)
+
+    @property
+    def _biases(self) -> dict[str, ScoreBias]:
+        return {name: cast(ScoreBias, bias) for name, bias in self.score_biases.items()}
+
+    @property
+    def _share(self) -> HeadShare:
+        """This rank's part of the layer's heads."""
+        return HeadShare(
+            heads=self.config.num_attention_heads,
+            groups=cast(int, self.config.num_query_groups),
+            width=self.config.settings.rotary.head_dim,
+            ranks=self.pg_collection.tp.size(),
+            rank=self.pg_collection.tp.rank(),
+        )
+
+    def _build_biases(self, settings: Settings) -> dict[str, ScoreBias]:
+        """Return the score biases of this layer by name."""
+        hidden = self.config.hidden_size
+        numbers = {"hidden_size": hidden, "layer_number": self.layer_number, "seed": settings.seed}
+        built: dict[str, ScoreBias] = {
+            bias.name: build_bias(bias, self._share, self._sum_over_ranks, **numbers)
+            for bias in settings.biases_of(self.layer_number)
+        }
+        retrofit = settings.retrofit
+        if retrofit is not None and settings.slopes_by_query(self.layer_number):
+            built["alibi-lora"] = AlibiLora(retrofit, self._share, self._sum_over_ranks, hidden, settings.seed)
+        return built
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return copy_to_tensor_model_parallel_region(value, group=self.pg_collection.tp)
 
-    def _build_rotary(self, settings: Settings) -> GaussianRotary:
-        gaussian, group = settings.gaussian, self.pg_collection.tp
+    def _build_rotary(self, settings: Settings) -> GaussianRotary | TableRotary:
+        gaussian = settings.gaussian
         assert gaussian is not None
         learnable = None
         if gaussian.learnable_sigma != "none":
-            groups = cast(int, self.config.num_query_groups)
-            share = groups // group.size()
-            local = slice(group.rank() * share, (group.rank() + 1) * share)
             learnable = LearnableSigma(
-                gaussian.learnable_sigma, settings.context.max_level, groups, local, self._sum_over_ranks
+                gaussian.learnable_sigma,
+                settings.context.max_level,
+                self._share.groups,
+                self._share.local_groups,
+                self._sum_over_ranks,
             )
+        if settings.rotary.by_layer is not None:
+            return self._build_table_rotary(settings, learnable)
         frequencies = rotary_frequencies(settings.rotary)
         kind = GaussianRotary
         if settings.backend == "triton":
             # Triton is not everywhere that PyTorch is.
             from megacontext_megatron.kernels.gaussian import FusedGaussianRotary as kind
         return kind(gaussian, frequencies, settings.rotary.interleaved, learnable)
+
+    def _build_table_rotary(self, settings: Settings, learnable: LearnableSigma | None) -> TableRotary:
+        gaussian, by_layer = settings.gaussian, settings.rotary.by_layer
+        assert gaussian is not None
+        frequencies = layer_frequencies(settings.rotary, self._share, self._sum_over_ranks, self.layer_number)
+        steps = None
+        if isinstance(by_layer, GrapeMConfig) and by_layer.contextual:
+            order = ZigzagOrder(self.pg_collection.cp)
+            steps = ContextualSteps(self.config.hidden_size, by_layer.log_freq_scale, self._sum_over_ranks, order)
+        return TableRotary(gaussian, settings.rotary, frequencies, learnable, steps=steps, backend=settings.backend)
 
     def forward(
         self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any
@@ -73,11 +132,19 @@ class SpanSelfAttention(SelfAttention):
         """
         if not is_carrier(rotary_pos_emb):
             raise RuntimeError(f"layer {self.layer_number} received no span metadata, so it has no positions")
-        self._carrier = rotary_pos_emb
+        self._carrier, self._row_tensors = rotary_pos_emb, {}
+        if self.score_biases:
+            # Filled while queries and keys are made, and read by core attention.
+            kwargs["attention_bias"] = self._row_tensors
         try:
             return super().forward(hidden_states, *args, rotary_pos_emb=None, **kwargs)
         finally:
-            self._carrier = None
+            self._carrier, self._row_tensors = None, {}
+
+    def _checkpointed_attention_forward(self, *args: Any, attention_bias: Any = None, **kwargs: Any) -> Tensor:
+        """Hand what biases read to the recomputation as its own inputs, so that gradients reach their sources."""
+        extra = dict(self._row_tensors)
+        return super()._checkpointed_attention_forward(*args, core_attention_extra_kwargs=extra, **kwargs)
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, *args: Any, output_gate: bool = False, **kwargs: Any
@@ -89,29 +156,62 @@ class SpanSelfAttention(SelfAttention):
             finished = self._split_fused(hidden_states, carrier)
         else:
             finished = super().get_query_key_value_tensors(hidden_states, *args, output_gate=output_gate, **kwargs)
-            finished = self._rotated(cast(tuple[Tensor, ...], finished), carrier)
+            finished = self._rotated(hidden_states, cast(tuple[Tensor, ...], finished), carrier)
         if self.log_width_bias is None:
             return finished
         query, key, *rest = finished
         return *self.log_width_bias(query, key, SpanMetadata.unpack(carrier)), *rest
 
-    def _rotated(self, tensors: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
+    def _rotated(self, hidden: Tensor, tensors: tuple[Tensor, ...], carrier: Tensor) -> tuple[Tensor, ...]:
         query, key, *rest = tensors
         self._check_rows(query, carrier)
-        if self.rotary is not None:
-            query, key = self.rotary(query, key, SpanMetadata.unpack(carrier))
+        spans = SpanMetadata.unpack(carrier)
+        if self.score_biases:
+            self._row_tensors.update(self._bias_tensors(hidden, query, key, spans))
+        if isinstance(self.rotary, TableRotary):
+            query, key = self.rotary(query, key, spans, self._read_by_steps(hidden))
+        elif self.rotary is not None:
+            query, key = self.rotary(query, key, spans)
         return query, key, *rest
+
+    def _read_by_steps(self, hidden: Tensor) -> Tensor | None:
+        """Return the attention's input where the phase advances by what rows hold."""
+        contextual = isinstance(self.rotary, TableRotary) and self.rotary.steps is not None
+        return self._all_rows(hidden) if contextual else None
+
+    def _bias_tensors(self, hidden: Tensor, query: Tensor, key: Tensor, spans: SpanMetadata) -> dict[str, Tensor]:
+        """Return what score biases read of this rank's rows, by the names that BiasedAttention knows."""
+        tensors = {"centre": spans.doubled_centre.double() / 2, "width": spans.width}
+        if spans.offset is not None:
+            tensors["centre"] = tensors["centre"] + spans.offset
+        biases = self._biases
+        if any(type(bias).features is not ScoreBias.features for bias in biases.values()):
+            rows = self._all_rows(hidden)
+            for name, bias in biases.items():
+                features = bias.features(rows, query, key)
+                if features is not None:
+                    tensors[f"features/{name}"] = features
+        return tensors
+
+    def _all_rows(self, hidden: Tensor) -> Tensor:
+        """Return the attention's input [s, b, h] of all rows that this rank's heads see, whole in its gradient too."""
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        return copy_to_tensor_model_parallel_region(hidden, group=group)
 
     @property
     def _splits_fused(self) -> bool:
         """Whether one launch splits, norms and rotates: a kernel, and heads that are not normed or by RMS."""
-        fused = self.config.settings.backend == "triton" and self.rotary is not None
+        fused = self.config.settings.backend == "triton" and self.rotary is not None and not self.score_biases
         return fused and (self.q_layernorm is None or self.config.normalization == "RMSNorm")
 
     def _split_fused(self, hidden_states: Tensor, carrier: Tensor) -> tuple[Tensor, ...]:
         unsplit = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
         mixed, widths = cast(tuple[Tensor, list[int]], unsplit)
         self._check_rows(mixed, carrier)
+        if isinstance(self.rotary, TableRotary):
+            return self.rotary.split(mixed, widths[-1], carrier, self._qk_norm(), self._read_by_steps(hidden_states))
         rotary = cast("FusedGaussianRotary", self.rotary)
         return rotary.split(mixed, widths[-1], carrier, self._qk_norm())
 

@@ -18,15 +18,18 @@ from torch import Tensor
 
 from megacontext_megatron.attention.layer_spec import decoder_block_spec
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
+from megacontext_megatron.config import Settings
 from megacontext_megatron.context.assembly import Assembly, assemble_rows
 from megacontext_megatron.context.block_groups import BlockGroups
 from megacontext_megatron.context.gistnet import GistNet
 from megacontext_megatron.context.gists import Gister, mean_gists
+from megacontext_megatron.encoding_config import AdditiveConfig
 from megacontext_megatron.model.carrier import SpanCarrier
 from megacontext_megatron.model.prediction import GistPredictor, Predicted, expected_embedding
 from megacontext_megatron.model.requests import AttachedLoss, Lesson, RowOutputs, RowRequest
+from megacontext_megatron.position.additive import LearnedAbsolute, Sinusoidal
 from megacontext_megatron.position.parameters import PositionalParameters
-from megacontext_megatron.spans.metadata import SpanMetadata
+from megacontext_megatron.spans.metadata import SpanMetadata, base_sigma
 
 
 class MegaContextGPTModel(GPTModel):
@@ -38,16 +41,27 @@ class MegaContextGPTModel(GPTModel):
 
     config: MegaContextTransformerConfig
     gister: Gister = staticmethod(mean_gists)
+    expects_adapters: bool = True
+    """Whether checkpoints hold the plugin's parameters; a base that a retrofit starts from does not."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings, groups = self.config.settings, self.pg_collection
         assert settings.gaussian is not None
         self.rotary_pos_emb = SpanCarrier(settings.gaussian.sigma, self._sum_over_ranks)
+        self.places: Sinusoidal | LearnedAbsolute | None = None
+        if settings.additive is not None and self.pre_process:
+            self.places = self._build_places(settings, settings.additive)
         self.gist_net: GistNet | None = None
         if settings.gist.learned and self.pre_process:
             shared_over = BlockGroups.of(groups.tp, groups.cp)
             self.gist_net = GistNet(settings.gist, settings.context.block_size, shared_over, settings.seed)
+
+    def _build_places(self, settings: Settings, additive: AdditiveConfig) -> Sinusoidal | LearnedAbsolute:
+        hidden, std = self.config.hidden_size, self.config.init_method_std
+        if additive.name == "sinusoidal":
+            return Sinusoidal(additive, hidden)
+        return LearnedAbsolute(additive, hidden, settings.context, init_std=std, seed=settings.seed)
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return copy_to_tensor_model_parallel_region(value, group=self.pg_collection.tp)
@@ -141,7 +155,7 @@ class MegaContextGPTModel(GPTModel):
         context = self.config.settings.context
         if context.plan == "recency":
             rows = self._embedded(input_ids.gather(1, spans.start)).transpose(0, 1).contiguous()
-            return Assembly(rows=self._own_rows(rows), levels=[])
+            return Assembly(rows=self._own_rows(self._placed(rows, spans)), levels=[])
         tokens = self._embedded(input_ids.t().contiguous())
         gister = self.gist_net or self.gister
         assembly = assemble_rows(tokens, spans, context, gister, control=request.control)
@@ -150,7 +164,13 @@ class MegaContextGPTModel(GPTModel):
             rows = AttachedLoss.attach(rows, request.gist_loss(assembly.levels))
         if request.observe_moves is not None and assembly.shift is not None:
             request.observe_moves(assembly.shift, spans)
-        return replace(assembly, rows=self._own_rows(rows))
+        return replace(assembly, rows=self._own_rows(self._placed(rows, spans)))
+
+    def _placed(self, rows: Tensor, spans: SpanMetadata) -> Tensor:
+        """Return rows [s, b, h] with an additive encoding of their places, where the run has one."""
+        if self.places is None:
+            return rows
+        return self.places(rows, spans, base_sigma(spans.width, "uniform"))
 
     def _own_rows(self, rows: Tensor) -> Tensor:
         if self.config.fp32_residual_connection:
@@ -167,16 +187,27 @@ class MegaContextGPTModel(GPTModel):
             tokens = tokens * self.config.mup_embedding_mult
         return tokens
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return what the parent does, without the plugin's parameters where a checkpoint is not to hold them."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        if self.expects_adapters:
+            return state
+        return {key: value for key, value in state.items() if key not in plugin_parameters(self)}
+
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load as the parent does, then verify that every parameter of the plugin holds what the checkpoint holds.
 
         Raises RuntimeError naming the keys otherwise: Megatron retries a failed strict load leniently, which would
-        leave them at their initial values.
+        leave them at their initial values.  From a base, which holds none of them, they keep these.
         """
+        own = plugin_parameters(self)
+        if not self.expects_adapters:
+            state_dict = {**state_dict, **{key: value.detach() for key, value in own.items()}}
+            self.expects_adapters = True
         result = super().load_state_dict(state_dict, *args, **kwargs)
         wrong = [
             key
-            for key, value in plugin_parameters(self).items()
+            for key, value in own.items()
             if key not in state_dict or not torch.equal(value.detach(), state_dict[key].to(value))
         ]
         if wrong:
@@ -189,7 +220,7 @@ def plugin_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {
         f"{prefix}.{name}" if prefix else name: parameter
         for prefix, module in model.named_modules()
-        if isinstance(module, PositionalParameters | GistNet)
+        if isinstance(module, PositionalParameters | GistNet | LearnedAbsolute)
         for name, parameter in module.named_parameters(recurse=isinstance(module, GistNet))
     }
 

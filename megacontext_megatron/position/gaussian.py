@@ -119,15 +119,28 @@ class GaussianRotary(torch.nn.Module):
     def forward(self, query: Tensor, key: Tensor, spans: SpanMetadata) -> tuple[Tensor, Tensor]:
         """Return finished query [s, b, np, hn] and key [s, b, ng, hn]; spans are [s, b]."""
         frequencies = self._frequencies = self._frequencies.to(query.device)
-        angles = exact_angles if self._config.phase == "exact" else megatron_angles
-        angle = angles(spans.doubled_centre, frequencies)
-        if spans.offset is not None:
-            angle = angle + spans.offset.unsqueeze(-1) * frequencies.omega
-        angle = angle.unsqueeze(2)
+        angle, omega = self._angles(spans)
         cos, sin = angle.cos(), angle.sin()
-        damp = damping(self.sigma(spans), frequencies.omega)
+        if frequencies.attention_factor != 1.0:
+            cos, sin = cos * frequencies.attention_factor, sin * frequencies.attention_factor
+        damp = damping(self.sigma(spans), omega)
         q_damp = damp if self._config.sides == "qk" else torch.ones_like(damp[..., :1, :])
+        if frequencies.query_factor != 1.0:
+            query = query * frequencies.query_factor
         return self._turn(query, cos, sin, q_damp), self._turn(key, cos, sin, damp)
+
+    def _angles(self, spans: SpanMetadata) -> tuple[Tensor, Tensor]:
+        """Return the angles of rows, fp32 [s, b, 1, r], and their frequencies, [r] or [s, b, 1, r]."""
+        frequencies, start = self._frequencies, self._frequencies.start
+        angles = exact_angles if self._config.phase == "exact" else megatron_angles
+        angle, omega = angles(spans.doubled_centre, frequencies), frequencies.omega
+        if start is not None:
+            early = (spans.doubled_centre < 2 * frequencies.start_tokens).unsqueeze(-1)
+            angle = torch.where(early, angles(spans.doubled_centre, start), angle)
+            omega = torch.where(early, start.omega, omega)
+        if spans.offset is not None:
+            angle = angle + spans.offset.unsqueeze(-1) * omega
+        return angle.unsqueeze(2), omega if start is None else omega.unsqueeze(2)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor, damp: Tensor) -> Tensor:
         if 1 < damp.shape[2] < x.shape[2]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megacontext_megatron.config import ConfigError
+from megacontext_megatron.encoding_flags import AdditiveFlags, BiasFlags, GrapeFlags, RetrofitFlags, RotaryFlags
 
 Namespace = argparse.Namespace
 
@@ -31,6 +32,10 @@ GAUSSIAN_SETTINGS = (
     "gaussian_rope_phase",
     "gaussian_rope_log_width_bias",
 )
+ENCODING_SETTINGS = tuple(
+    field.name for group in (RotaryFlags, GrapeFlags, BiasFlags, AdditiveFlags) for field in dataclasses.fields(group)
+)
+RETROFIT_SETTINGS = ("retrofit", "retrofit_lora_rank", "retrofit_lora_length")
 CONTEXT_SETTINGS = ("mc_block_size", "mc_max_level")
 GIST_SETTINGS = (
     "mc_gist_kind",
@@ -100,6 +105,12 @@ NOT_THE_FUNCTION = (
 """Prefixes of transformer settings that change how a model is run rather than what it computes."""
 RESUME_SETTINGS = ("megacontext", "mc_variants", "mc_source_length", "seq_length")
 """Fixed for a run that continues another's data order; free for one that only takes its weights."""
+PARAMETER_SETTINGS = (
+    *("gaussian_rope_base", "grapem_learnable_freq", "grapem_per_head", "grapem_contextual", "clex_hidden_factor"),
+    *("position_bias", "grape_a", "grape_a_gate", "grape_a_learnable", "t5_num_buckets", "fire_hidden_size"),
+    *("fire_num_layers", "fire_shared", "cope_positions", "slow_band_periods", "retrofit"),
+)
+"""Of an encoding: what its parameters are made for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +220,7 @@ def restore_settings(args: Namespace, more: Sequence[str], typed: Mapping[str, A
     if saved is None:
         raise ConfigError("--use-checkpoint-args needs --load or --pretrained-checkpoint.")
     names = {*GAUSSIAN_SETTINGS, *CONTEXT_SETTINGS, *RESUME_SETTINGS, *ROTARY_SETTINGS, *PATTERN_SETTINGS}
+    names |= {*ENCODING_SETTINGS, *RETROFIT_SETTINGS}
     names |= {"mc_recent_tokens", "mc_horizon", "mc_plan", "mc_level2_prob", "mc_eod_policy"}
     if typed.get("mc_gist_kind") != "mean":
         names |= set(GIST_SETTINGS)
@@ -244,11 +256,11 @@ def differences(args: Namespace, saved: SavedRun, *, resumes: bool) -> list[Diff
         found = []
         shared = (*ROTARY_SETTINGS, *PATTERN_SETTINGS)
         if args.mc_encoding is not None:
-            shared += GAUSSIAN_SETTINGS
+            shared += (*GAUSSIAN_SETTINGS, *ENCODING_SETTINGS)
     if args.megacontext and getattr(saved.args, "megacontext", False):
         shared += (*CONTEXT_SETTINGS, *GIST_SETTINGS)
     if resumes:
-        shared += RESUME_SETTINGS
+        shared += (*RESUME_SETTINGS, *RETROFIT_SETTINGS)
     return found + _compared(args, saved, shared)
 
 
@@ -257,6 +269,11 @@ def misfits(args: Namespace, saved: SavedRun) -> list[Difference]:
     if args.moe_use_upcycling:
         return []
     names = MODEL_SETTINGS + (EXPERT_SETTINGS if args.num_experts else ())
+    if starts_retrofit(args):
+        # What a retrofit adds is what its base does not have.
+        return _compared(args, saved, names)
+    if args.mc_encoding is not None:
+        names += PARAMETER_SETTINGS
     if args.mc_encoding is not None and args.gaussian_rope_learnable_sigma != "none":
         names += ("gaussian_rope_learnable_sigma", "no_rope_freq")
         names += ("mc_max_level",) if args.gaussian_rope_learnable_sigma != "layer" else ()
@@ -271,6 +288,7 @@ def misfits(args: Namespace, saved: SavedRun) -> list[Difference]:
 def _compared(args: Namespace, saved: SavedRun, names: Sequence[str]) -> list[Difference]:
     """Return the differences in settings that the checkpoint records, and in the plugin's where it has none of them."""
     own = {
+        **_encoding_defaults(),
         "gaussian_rope_learnable_sigma": "none",
         "gaussian_rope_log_width_bias": False,
         "mc_gist_kind": "mean",
@@ -283,6 +301,18 @@ def _compared(args: Namespace, saved: SavedRun, names: Sequence[str]) -> list[Di
         if was is not missing and _comparable(was) != _comparable(now):
             found.append(Difference(name=name, saved=was, asked=now))
     return found
+
+
+def _encoding_defaults() -> dict[str, Any]:
+    """Return what the flags of encodings were where a checkpoint is older than they are."""
+    groups = (RotaryFlags(), GrapeFlags(), BiasFlags(), AdditiveFlags(), RetrofitFlags())
+    return {field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group)}
+
+
+def starts_retrofit(args: Namespace) -> bool:
+    """Return whether a run puts adapters on a base, rather than going on with a retrofit."""
+    fresh = args.load is None or checkpoint_path(args.load, args.ckpt_step) is None
+    return bool(args.retrofit) and fresh
 
 
 def _comparable(value: Any) -> Any:
