@@ -91,8 +91,10 @@ def normalised(argv: Sequence[str]) -> list[str]:
     for encoding in values_of(words, ENCODING_FLAG):
         _check_encoding(encoding)
     encoding = value_of(words, ENCODING_FLAG)
-    if encoding in ENCODINGS or (encoding in STOCK_ENCODINGS and _wants_spans(words)):
-        words = [_renamed(word, words[place - 1] if place else "") for place, word in enumerate(words)]
+    ours = encoding in ENCODINGS or (encoding in STOCK_ENCODINGS and _wants_spans(words))
+    hidden = (*ENCODINGS, *STOCK_ENCODINGS) if ours else ENCODINGS
+    words = [_renamed(word, words[place - 1] if place else "", hidden) for place, word in enumerate(words)]
+    if ours and encoding is not None:
         words += [REAL_ENCODING_FLAG, encoding]
     return words + _needed(words)
 
@@ -127,17 +129,19 @@ def prepare_environment(argv: Sequence[str]) -> None:
 def _check_encoding(encoding: str) -> None:
     known = ", ".join((*STOCK_ENCODINGS, *ENCODINGS))
     if encoding in INSTEAD_OF_STOCK:
-        raise ConfigError(f"{ENCODING_FLAG} {encoding} is {INSTEAD_OF_STOCK[encoding]} here.")
+        raise ConfigError(
+            f"{ENCODING_FLAG} {encoding} is {INSTEAD_OF_STOCK[encoding]} here; the encodings are {known}."
+        )
     if encoding not in (*STOCK_ENCODINGS, *ENCODINGS):
         raise ConfigError(f"{ENCODING_FLAG} {encoding} is unknown: choose one of {known}.")
 
 
-def _renamed(word: str, before: str) -> str:
-    """Return `rope` for the value of the encoding flag, else the word itself."""
-    flag, separator, _ = word.partition("=")
-    if flag == ENCODING_FLAG and separator:
+def _renamed(word: str, before: str, hidden: Sequence[str]) -> str:
+    """Return `rope` for the value of the encoding flag if it is one of `hidden`, else the word itself."""
+    flag, separator, value = word.partition("=")
+    if flag == ENCODING_FLAG and value in hidden:
         return flag + separator + "rope"
-    return "rope" if before == ENCODING_FLAG else word
+    return "rope" if before == ENCODING_FLAG and word in hidden else word
 
 
 def _missing(words: Sequence[str], flags: Sequence[str]) -> list[str]:

@@ -274,11 +274,6 @@ def layer_frequencies(args: Namespace, name: str) -> LayerFrequencies | None:
 def _grapem(args: Namespace) -> GrapeMConfig:
     if args.grapem_per_head and args.grapem_share_across_heads:
         raise ConfigError("--grapem-per-head and --grapem-share-across-heads contradict: give one of them.")
-    if args.grapem_contextual and args.transformer_impl == "transformer_engine":
-        raise ConfigError(
-            "--grapem-contextual needs --transformer-impl local: Transformer Engine norms an attention's input inside "
-            "its projection, where steps cannot be read."
-        )
     return GrapeMConfig(
         learnable=args.grapem_learnable_freq,
         per_head=args.grapem_per_head,
@@ -326,12 +321,6 @@ def bias_configs(args: Namespace, context: ContextConfig, windowed: tuple[int, .
 
 def _check_biases(args: Namespace, context: ContextConfig, names: set[str]) -> None:
     collapses = context.plan != "recency"
-    biased = sorted(names | ({"alibi-lora"} & set(args.retrofit)))
-    if biased and args.transformer_impl != "local":
-        raise ConfigError(
-            f"--position-bias {' '.join(biased)} needs --transformer-impl local: its dense attention alone adds a bias "
-            "to scores."
-        )
     if "grape-ap" in names and collapses:
         raise ConfigError("--position-bias grape-ap is not defined for gists: use --mc-plan recency.")
     if "cope" in names and collapses and args.cope_count is None:
@@ -352,6 +341,11 @@ def additive_config(args: Namespace, context: ContextConfig) -> AdditiveConfig |
     """Return the embedding of places that rows get, None for none; raises ConfigError for a table that is too short."""
     if args.mc_encoding not in ADDITIVE_ENCODINGS:
         return None
+    if args.mc_gist_span_head:
+        raise ConfigError(
+            f"--mc-gist-span-head moves places that --position-embedding-type {args.mc_encoding} has added to the rows "
+            "by then: use a rotary encoding."
+        )
     length = args.max_position_embeddings or context.source_length
     if args.mc_encoding == "learned_absolute" and length < context.source_length:
         raise ConfigError(

@@ -31,6 +31,10 @@ def _on_te(args: Namespace) -> bool:
     return args.transformer_impl == "transformer_engine"
 
 
+def _biased(args: Namespace) -> bool:
+    return bool(args.position_bias or args.grape_a or {"alibi-lora", "slow-bands"} & set(args.retrofit))
+
+
 def _package_missing() -> bool:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -239,6 +243,18 @@ SPAN_REFUSALS = (
         flag="--gaussian-rope-log-width-bias with --transformer-impl transformer_engine",
         asked=lambda a: a.gaussian_rope_log_width_bias and _on_te(a),
         why="the dense attention of --transformer-impl local alone takes keys that are wider than values",
+    ),
+    Refusal(
+        flag="--position-bias (also --grape-a and --retrofit alibi-lora or slow-bands) with --transformer-impl "
+        "transformer_engine",
+        asked=lambda a: _on_te(a) and _biased(a),
+        why="the dense attention of --transformer-impl local alone adds a bias to scores",
+    ),
+    Refusal(
+        flag="--grapem-contextual with --transformer-impl transformer_engine",
+        asked=lambda a: _on_te(a) and a.grapem_contextual,
+        why="its layers norm an attention's input inside the projection, where steps cannot be read; add "
+        "--transformer-impl local",
     ),
     Refusal(
         flag="--transformer-impl transformer_engine without --bf16 or --fp16",

@@ -183,7 +183,8 @@ def _layers_differ(settings: Settings, num_layers: int) -> bool:
         return False
     turned = settings.gaussian.learnable_sigma != "none" or settings.rotary.by_layer is not None
     partly = turned and 0 < len(settings.no_rope_layers) < num_layers
-    return partly or settings.slopes_by_query(1) or any(len(bias.layers) < num_layers for bias in settings.biases)
+    alone = any(len(bias.layers) < num_layers or bias.fire_shared for bias in settings.biases)
+    return partly or alone or settings.slopes_by_query(1)
 
 
 def _teacher(args: Namespace, settings: Settings) -> Teacher | None:

@@ -80,6 +80,18 @@ MOE: Flags = {
     "moe_token_dispatcher_type": "alltoall",
 }
 
+GRAPE: Flags = {
+    "transformer_impl": "local",
+    "position_embedding_type": "grapem",
+    "window_size": "16,0",
+    "window_attn_skip_freq": 4,
+    "no_rope_freq": 4,
+    "grape_a": True,
+    "grape_a_learnable": True,
+    "bias_slope_scale": 0.5,
+}
+"""The positions of examples/grape_recipe.sh: slopes of which the gentlest lowers scores by 1 over all 512 tokens."""
+
 FAMILIES: Mapping[str, Flags] = {
     "dense": MIXED | LEVEL,
     "head-sigma": MIXED | {"gaussian_rope_learnable_sigma": "head"},
@@ -90,6 +102,7 @@ FAMILIES: Mapping[str, Flags] = {
     "documents": MIXED | LEVEL | DOCUMENTS,
     "per-token": MIXED | LEVEL | DOCUMENTS | {"calculate_per_token_loss": True},
     "moe": MIXED | LEVEL | MOE,
+    "grape recipe": MIXED | MOE | GRAPE,
     "gistnet": MIXED | LEVEL | GISTNET,
     "span head": MIXED | LEVEL | SPAN_HEAD,
     "slot": MIXED | LEVEL | GISTNET | {"mc_gist_pooling": "slot", "mc_gist_layers": 1},

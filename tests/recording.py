@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,9 @@ def plans() -> Callable[[], list[str]]:
     return lambda: seen
 
 
+POSITIONAL = re.compile(r"self_attention\.(rotary|log_width_bias|score_biases)\.")
+
+
 def gradients() -> Callable[[], list[dict[str, str]]]:
     """Record a hash of every parameter's final gradient, by name, for every step."""
     return _final_gradients(lambda parameters: {name: digest(p.main_grad) for name, p in parameters.items()})
@@ -41,9 +45,8 @@ def gradients() -> Callable[[], list[dict[str, str]]]:
 
 def positional_gradients() -> Callable[[], list[dict[str, list[float]]]]:
     """Record the final gradients of all positional parameters, by name, for every step."""
-    names = ("sigma_scale.log_scale", "log_width_bias.factor")
     return _final_gradients(
-        lambda parameters: {name: p.main_grad.tolist() for name, p in parameters.items() if name.endswith(names)}
+        lambda parameters: {name: p.main_grad.tolist() for name, p in parameters.items() if POSITIONAL.search(name)}
     )
 
 

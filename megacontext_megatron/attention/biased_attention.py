@@ -25,7 +25,8 @@ class BiasedAttention(DotProductAttention):
 
     Keys, and what biases read of them, are gathered over the context-parallel group.  Biases are added one after
     another in fp32, whatever the model's dtype, and the softmax is in fp32.  Each bias is a tensor of b np sq sk
-    numbers, kept for the backward pass as the scores are, where sk counts all rows: O(b np s^2) memory for each bias.
+    numbers, where sk counts all rows: O(b np s^2) memory for each, and several times that for those that are learned or
+    depend on content.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:

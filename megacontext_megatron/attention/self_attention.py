@@ -65,6 +65,12 @@ class SpanSelfAttention(SelfAttention):
     def _biases(self) -> dict[str, ScoreBias]:
         return {name: cast(ScoreBias, bias) for name, bias in self.score_biases.items()}
 
+    def borrow_bias(self, name: str, lender: SpanSelfAttention) -> None:
+        """Use another layer's bias instead of this layer's own, which is dropped with its parameters."""
+        biases = {**self._biases, name: lender._biases[name]}
+        del self.score_biases[name]
+        cast(BiasedAttention, self.core_attention).attach(biases)
+
     @property
     def _share(self) -> HeadShare:
         """This rank's part of the layer's heads."""

@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megacontext_megatron.attention.layer_spec import decoder_block_spec
+from megacontext_megatron.attention.self_attention import SpanSelfAttention
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 from megacontext_megatron.config import Settings
 from megacontext_megatron.context.assembly import Assembly, assemble_rows
@@ -52,6 +53,10 @@ class MegaContextGPTModel(GPTModel):
         self.places: Sinusoidal | LearnedAbsolute | None = None
         if settings.additive is not None and self.pre_process:
             self.places = self._build_places(settings, settings.additive)
+        if any(bias.fire_shared for bias in settings.biases if bias.name == "fire"):
+            first, *others = [cast(SpanSelfAttention, layer.self_attention) for layer in self.decoder.layers]
+            for attention in others:
+                attention.borrow_bias("fire", first)
         self.gist_net: GistNet | None = None
         if settings.gist.learned and self.pre_process:
             shared_over = BlockGroups.of(groups.tp, groups.cp)

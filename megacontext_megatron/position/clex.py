@@ -53,12 +53,11 @@ class ClexFrequencies(PositionalParameters):
         self._scaling = self._scaling.to(device)
 
     def forward(self, device: torch.device) -> Tensor:
-        """Return omega at t, fp32 [1, r] in radians per token, computed in float64."""
+        """Return omega at t, fp32 [1, r] in radians per token, computed in float64, which autocast leaves alone."""
         self._move(device)
-        with torch.autocast(device.type, enabled=False):
-            up = self.shared(self.up).double().view(-1, self._hidden)
-            down = self.shared(self.down).double().view(self._hidden, -1)
-            return (self._scaling[-1] + self._difference(up, down)).exp().float().unsqueeze(0)
+        up = self.shared(self.up).double().view(-1, self._hidden)
+        down = self.shared(self.down).double().view(self._hidden, -1)
+        return (self._scaling[-1] + self._difference(up, down)).exp().float().unsqueeze(0)
 
     def _difference(self, up: Tensor, down: Tensor) -> Tensor:
         """Return y - ln ntk at t, float64 [r], by Kutta's 3/8 rule: torchdiffeq's "rk4"."""

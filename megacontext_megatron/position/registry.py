@@ -1,4 +1,4 @@
-"""The encodings `--position-embedding-type` takes here, and what each supports; the README's table is made of this."""
+"""The encodings and biases there are, and what each supports; the README's table is made of this."""
 
 from __future__ import annotations
 
@@ -20,74 +20,137 @@ FEATURES = (
     "sequence parallel",
     "context parallel",
     "pipeline, virtual stages",
-    "expert parallel",
-    "distributed optimizer",
     "recompute",
+    "distributed optimizer",
+    "expert parallel",
     "FP8 linear layers",
     "spans",
     "packed sequences",
     "KV cache",
 )
 
+_LAYOUTS = frozenset(FEATURES[: FEATURES.index("distributed optimizer")])
 _TRAINING = frozenset(FEATURES[: FEATURES.index("spans")])
-_REFUSABLE = frozenset({"spans", "packed sequences"})
+_ALWAYS_REFUSED = frozenset({"packed sequences"})
+_ABSENT = frozenset({"KV cache"})
+
+DENSE = "local: dense"
+_ROTATED = (
+    DENSE,
+    "local with CP: dense, gathered keys",
+    "transformer_engine: FlashAttention or cuDNN",
+    "transformer_engine with CP: ring, all-to-all, all-gather",
+)
+_BIASED = ("local: dense, biased", "local with CP: dense, biased, gathered keys")
+
+PROOFS = {
+    "Gaussian": "tests/full/test_layouts.py, tests/gpu",
+    "rotary rule": "tests/full/test_encoding_layouts.py (longrope with a start window, damped)",
+    "layer's frequencies": "tests/full/test_encoding_layouts.py (grapem per head, clex)",
+    "contextual": "tests/full/test_encoding_layouts.py (grapem, contextual)",
+    "additive": "tests/full/test_encoding_layouts.py (learned_absolute)",
+    "bias": "tests/full/test_encoding_layouts.py (six biases at once)",
+    "row scan": "tests/full/test_encoding_layouts.py (cope and grape-ap)",
+    "none": "tests/full/test_encoding_layouts.py (six biases at once, without rotary)",
+    "Megatron": "tests/integration/test_identity.py (rope in one process)",
+}
+"""The tests behind the cells of each mechanism, over layouts.  What each computes is in tests/unit; refusals are in
+tests/integration/test_encoding_refusals.py."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoding:
-    """One encoding: its name, whose code runs it, the features it supports, and on which core attention."""
+    """One encoding or bias: its name, the mechanism that it shares with others, and what it supports on which backend.
+
+    What is in none of `supported`, `refused` and `absent` is untested.
+    """
 
     name: str
-    code: str
-    supported: frozenset[str] = frozenset()
-    untested: frozenset[str] = frozenset()
+    mechanism: str
+    supported: frozenset[str]
+    refused: frozenset[str] = _ALWAYS_REFUSED
+    absent: frozenset[str] = _ABSENT
     backends: tuple[str, ...]
 
     def support(self, feature: str) -> Support:
         """Return whether the encoding works with one of FEATURES."""
-        if feature in self.supported:
-            return Support.YES
-        if feature in self.untested:
-            return Support.UNTESTED
-        return Support.REFUSED if feature in _REFUSABLE else Support.NO
+        for names, support in (
+            (self.supported, Support.YES),
+            (self.refused, Support.REFUSED),
+            (self.absent, Support.NO),
+        ):
+            if feature in names:
+                return support
+        return Support.UNTESTED
 
 
-REGISTRY = {
-    entry.name: entry
-    for entry in (
+def _rotary(name: str, mechanism: str, *more: str) -> Encoding:
+    return Encoding(name=name, mechanism=mechanism, supported=_LAYOUTS | {"spans", *more}, backends=_ROTATED)
+
+
+def _bias(name: str, *, mechanism: str = "bias", refused: frozenset[str] = frozenset()) -> Encoding:
+    supported = (_LAYOUTS | {"spans", "distributed optimizer"}) - refused
+    refused = refused | _ALWAYS_REFUSED | {"FP8 linear layers"}
+    return Encoding(name=name, mechanism=mechanism, supported=supported, refused=refused, backends=_BIASED)
+
+
+def _additive(name: str) -> Encoding:
+    return Encoding(name=name, mechanism="additive", supported=_LAYOUTS | {"spans"}, backends=_ROTATED)
+
+
+ENTRIES = (
+    Encoding(name="gaussian_rope", mechanism="Gaussian", supported=_TRAINING | {"spans"}, backends=_ROTATED),
+    *(
+        _rotary(name, "rotary rule")
+        for name in (
+            *("rope", "linear", "ntk", "dynamic_ntk", "yarn", "longrope", "llama3"),
+            *("resonance", "resonance_yarn", "mrope", "axial"),
+        )
+    ),
+    *(_rotary(name, "layer's frequencies", "distributed optimizer") for name in ("grapem", "clex", "multiscale")),
+    Encoding(
+        name="grapem, contextual",
+        mechanism="contextual",
+        supported=_LAYOUTS | {"spans"},
+        refused=_ALWAYS_REFUSED | {"FP8 linear layers"},
+        backends=(DENSE, "local with CP: dense, gathered keys"),
+    ),
+    _additive("sinusoidal"),
+    _additive("learned_absolute"),
+    Encoding(name="none", mechanism="none", supported=_LAYOUTS | {"spans"}, backends=_ROTATED),
+    *(
         Encoding(
-            name="gaussian_rope",
-            code="plugin",
-            supported=_TRAINING | {"spans"},
-            backends=(
-                "local: dense",
-                "local with CP: dense, gathered keys",
-                "transformer_engine: FlashAttention or cuDNN",
-                "transformer_engine with CP: ring, all-to-all, all-gather",
-            ),
-        ),
-        *(
-            Encoding(
-                name=name,
-                code="Megatron",
-                untested=_TRAINING,
-                backends=(
-                    "local: dense",
-                    "local with CP: dense, gathered keys",
-                    "transformer_engine: Megatron's (not tested here)",
-                ),
-            )
-            for name in ("rope", "learned_absolute", "none")
-        ),
-    )
-}
+            name=f"{name}, Megatron's",
+            mechanism="Megatron",
+            supported=frozenset(),
+            refused=_ALWAYS_REFUSED,
+            absent=_ABSENT | {"spans"},
+            backends=(DENSE, "local with CP: dense, gathered keys", "transformer_engine: Megatron's"),
+        )
+        for name in ("rope", "learned_absolute", "none")
+    ),
+)
+"""What `--position-embedding-type` takes.  Megatron's own code runs a stock name without flags of the plugin."""
+
+BIAS_ENTRIES = (
+    *(_bias(name) for name in ("alibi", "grape-a", "t5", "fire", "fox", "slow-bands")),
+    _bias("cope", mechanism="row scan", refused=frozenset({"context parallel"})),
+    _bias("grape-ap", mechanism="row scan", refused=frozenset({"context parallel", "spans"})),
+    _bias("alibi-lora"),
+)
+"""What `--position-bias` takes, and the bias of `--retrofit alibi-lora`."""
 
 
 def support_table() -> str:
-    """Return the support matrix as a Markdown table, one row for each encoding."""
-    header = ["encoding", "code", *FEATURES, "core attention"]
+    """Return the support matrix as Markdown tables, and the tests behind its cells."""
+    lines = [*_table("encoding", ENTRIES), "", *_table("bias", BIAS_ENTRIES), "", "| mechanism | tests |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {mechanism} | {tests} |" for mechanism, tests in PROOFS.items())])
+
+
+def _table(title: str, entries: tuple[Encoding, ...]) -> list[str]:
+    header = [title, "mechanism", *FEATURES, "core attention"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for entry in REGISTRY.values():
-        cells = [f"`{entry.name}`", entry.code, *(entry.support(f) for f in FEATURES), "; ".join(entry.backends)]
+    for entry in entries:
+        cells = [f"`{entry.name}`", entry.mechanism, *(entry.support(f) for f in FEATURES), "; ".join(entry.backends)]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return lines

@@ -50,7 +50,8 @@ def t5_buckets(buckets: int, max_distance: int) -> list[int]:
 class T5Bias(ScoreBias):
     """T5's relative bias, added behind the softmax scale: a learned number for each bucket and head.
 
-    Between whole distances it is linear, so that it is T5's at whole ones and continuous everywhere.
+    Between whole distances it is linear, so that it is T5's at whole ones and continuous everywhere.  Where its slope
+    jumps, the gradient takes that of the greater distances.
     """
 
     def __init__(
@@ -67,11 +68,12 @@ class T5Bias(ScoreBias):
             self._bucket = self._bucket.to(inputs.scores.device)
         table = self.shared(self.table).to(inputs.scores.dtype).view(-1, self.share.heads)
         by_distance = table[:, self.share.local_heads].index_select(0, self._bucket)
-        distance = inputs.distance.clamp(0, self._bucket.numel() - 1)
+        longest = self._bucket.numel() - 1
+        distance = inputs.distance.clamp(0, longest)
         below = distance.detach().floor()
         part = (distance - below).to(table.dtype).unsqueeze(-1)
         low = embedding(below.long(), by_distance)
-        high = embedding(distance.detach().ceil().long(), by_distance)
+        high = embedding((below.long() + 1).clamp(max=longest), by_distance)
         return (low + part * (high - low)).permute(0, 3, 1, 2)
 
 

@@ -44,7 +44,8 @@ FIXED = (
 )
 """Arguments that fix what adapters are made for."""
 
-FORM = "megacontext_megatron adapters 1"
+METADATA = "megacontext_megatron"
+"""The one key of a file's metadata: of several the library would write in any order."""
 
 
 def export_adapters(folder: str, out: Path, step: int | None = None) -> list[str]:
@@ -59,9 +60,9 @@ def export_adapters(folder: str, out: Path, step: int | None = None) -> list[str
     tensors = _by_layer(_stored(saved.path), saved.args.num_layers)
     if not tensors:
         raise ConfigError(f"{saved.path} holds no adapters: it was trained without any of the plugin's parameters.")
-    metadata = {"format": FORM, "checkpoint": saved.path.name, "settings": json.dumps(adapter_settings(saved.args))}
+    about = {"checkpoint": saved.path.name, "settings": adapter_settings(saved.args)}
     try:
-        save_file(tensors, out, metadata)
+        save_file(tensors, out, {METADATA: json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {out} cannot be written ({error}): name a file in a folder that exists.") from error
     return sorted(tensors)
@@ -110,12 +111,12 @@ def read_adapters(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORM:
+            about = (file.metadata() or {}).get(METADATA)
+            if about is None:
                 raise ConfigError(
                     f"{path} holds no adapters: export them with python -m megacontext_megatron.adapters export."
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["settings"])  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)["settings"]  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--retrofit-adapters {path} cannot be read ({error}).") from error
 

@@ -246,7 +246,8 @@ def test_places_beyond_the_table_are_an_error_and_never_clamped():
 def test_largest_place_is_the_newest_token_of_every_plan(plan):
     context = dataclasses.replace(CONTEXT, plan=plan)
     planned = plan_rows(context, (1, 0, 5, 0), None)
-    spans = SpanMetadata.of_nodes(*(torch.from_numpy(planned[name])[None] for name in ("start", "level")), BLOCK)
+    start, level = (torch.from_numpy(values)[None] for values in (planned.start, planned.level))
+    spans = SpanMetadata.of_nodes(start, level, BLOCK)
     assert spans.end.max().item() - 1 == largest_place(context)
     added(learned(context=context), spans)
 

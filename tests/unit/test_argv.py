@@ -14,10 +14,11 @@ from megacontext_megatron.argv import (
     CPU_FLAG,
     CPU_FLAGS,
     ENCODING_FLAG,
+    INSTEAD_OF_STOCK,
     LOCAL_FLAGS,
     REAL_ENCODING_FLAG,
+    SPAN_FLAGS,
     STOCK_ENCODINGS,
-    UNSUPPORTED_STOCK,
     normalised,
     prepare_environment,
     value_of,
@@ -62,8 +63,9 @@ def command_lines(draw):
 def stock(argv):
     """Return a command line with the encoding's name as Megatron is to see it."""
     words = [word.replace(f"{ENCODING_FLAG}=gaussian_rope", f"{ENCODING_FLAG}=rope") for word in argv]
+    over_spans = not set(SPAN_FLAGS).isdisjoint(argv)
     for place, word in enumerate(argv[:-1]):
-        if word == ENCODING_FLAG and argv[place + 1] == "gaussian_rope":
+        if word == ENCODING_FLAG and (argv[place + 1] == "gaussian_rope" or over_spans):
             words[place + 1] = "rope"
     return words
 
@@ -84,7 +86,8 @@ def test_normalised_is_idempotent_and_keeps_the_real_encoding(argv):
     assert wants_plugin(words) == wants_plugin(argv)
     encoding = value_of(argv, ENCODING_FLAG)
     real = value_of(words, REAL_ENCODING_FLAG)
-    assert real == (encoding if encoding in ENCODINGS else None)
+    over_spans = encoding in STOCK_ENCODINGS and not set(SPAN_FLAGS).isdisjoint(argv)
+    assert real == (encoding if encoding in ENCODINGS or over_spans else None)
     assert value_of(words, ENCODING_FLAG) in (None, *STOCK_ENCODINGS)
 
 
@@ -95,7 +98,7 @@ def test_flags_are_added_once_and_only_where_missing(argv):
     if CPU_FLAG not in argv and value_of(argv, "--transformer-impl") is None:
         if find_spec(APEX_EXTENSION) is None and APEX_FLAGS[0] not in argv:
             assert added.pop() == APEX_FLAGS[0]
-        assert added in ([], [REAL_ENCODING_FLAG, "gaussian_rope"])
+        assert added in ([], *([REAL_ENCODING_FLAG, name] for name in (*STOCK_ENCODINGS, *ENCODINGS)))
         return
     wanted = {flag for flag in (*LOCAL_FLAGS, *(CPU_FLAGS if CPU_FLAG in argv else ())) if flag.startswith("--")}
     given_flags = {word.split("=")[0] for word in argv}
@@ -113,7 +116,7 @@ def test_cpu_fills_in_whole_flags_around_what_was_given():
     assert "0" not in words
 
 
-@pytest.mark.parametrize("name", [*UNSUPPORTED_STOCK, "rotary", "gaussian-rope", "Gaussian_Rope", ""])
+@pytest.mark.parametrize("name", [*INSTEAD_OF_STOCK, "rotary", "gaussian-rope", "Gaussian_Rope", ""])
 @pytest.mark.parametrize("joined", [False, True])
 def test_unknown_encoding_is_refused_by_flag_and_name(name, joined):
     argv = ["--lr", "1", *([f"{ENCODING_FLAG}={name}"] if joined else [ENCODING_FLAG, name])]

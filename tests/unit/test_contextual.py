@@ -46,7 +46,7 @@ MIXED = rows_of([1024, 32, 32, 1024, 32] + [1] * (ROWS - 5))
 def steps(order=None, sum_over_ranks=alone, scale=16.0):
     module = ContextualSteps(HIDDEN, scale, sum_over_ranks, order)
     with torch.no_grad():
-        module.weight += torch.linspace(-1.3, 0.7, HIDDEN)
+        module.weight.add_(torch.linspace(-1.3, 0.7, HIDDEN))
     return module
 
 
@@ -176,7 +176,7 @@ class SharedOut:
         self.rows, self.everything = zigzag_rows(ROWS, size, rank), everything
 
     def all_rows(self, rows):
-        assert torch.equal(rows, self.everything[self.rows])
+        torch.testing.assert_close(rows, self.everything[self.rows], rtol=1e-14, atol=0)
         return self.everything
 
     def own_rows(self, rows):
@@ -209,6 +209,9 @@ def on_two_ranks() -> dict[str, Any]:
     """Return the places and gradients of this context-parallel rank of two."""
     import torch.distributed as dist
 
+    from megacontext_megatron import cpu
+
+    cpu.install()
     dist.init_process_group("gloo")
     group = dist.group.WORLD
     assert group is not None

@@ -13,8 +13,9 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from x_transformers.x_transformers import AlibiPositionalBias
 
 from megacontext_megatron.encoding_config import GrapeGate
-from megacontext_megatron.position.linear_biases import GrapeA, alibi_slopes
-from tests.bias_cases import GISTS, HEADS, TOKENS, WIDTH, Scene, alone, assert_is, bias_of, precise
+from megacontext_megatron.position.heads import HeadShare
+from megacontext_megatron.position.linear_biases import Alibi, GrapeA, alibi_slopes
+from tests.bias_cases import GISTS, HEADS, TOKENS, WIDTH, Scene, assert_is, bias_of, precise
 
 GATES: tuple[GrapeGate, ...] = ("none", "q", "k", "qk")
 EPS = torch.finfo(torch.float32).eps
@@ -29,7 +30,9 @@ def test_slopes_are_the_official_ones_for_any_number_of_heads(heads):
     assert ours.shape == (heads,)
     torch.testing.assert_close(ours, -mpt.double(), rtol=8 * EPS, atol=0)
     torch.testing.assert_close(ours, bloom.double(), rtol=64 * EPS, atol=0)
-    torch.testing.assert_close(ours.float(), AlibiPositionalBias(heads).slopes.flatten(), rtol=EPS, atol=0)
+    torch.testing.assert_close(
+        ours.float(), AlibiPositionalBias(heads).get_buffer("slopes").flatten(), rtol=EPS, atol=0
+    )
 
 
 def test_alibi_of_tokens_is_x_transformers():
@@ -152,11 +155,11 @@ def test_gates_do_not_know_how_long_their_directions_are(gate):
 
 
 def test_alibi_keeps_fp32_slopes_in_a_bf16_model():
-    heads = 6
-    share = Scene(widths=TOKENS, heads=heads, groups=heads, dtype=torch.float32)
-    from megacontext_megatron.position.heads import HeadShare
-
-    bias = bias_of("alibi", HeadShare(heads=heads, groups=heads, width=WIDTH), alone)
-    before = share.of(bias)
-    assert torch.equal(share.of(bias.bfloat16()), before)
-    assert not torch.equal(before, before.bfloat16().float())
+    share = HeadShare(heads=12, groups=12, width=WIDTH)
+    scene = Scene(widths=GISTS, heads=12, groups=12, dtype=torch.float32)
+    bias = bias_of("alibi", share)
+    assert isinstance(bias, Alibi)
+    slopes = torch.tensor(alibi_slopes(12))
+    assert not torch.equal(slopes.bfloat16().float(), slopes)
+    assert torch.equal(bias.bfloat16().slopes(slopes).flatten(), slopes)
+    assert torch.equal(scene.of(bias)[0, :, -1, 0], -slopes * (scene.centre[-1, 0] - scene.centre[0, 0]).float())

@@ -1,7 +1,6 @@
 """Frequency rules against the definitions, transformers, x-transformers, rotary-embedding-torch and Megatron."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from rotary_embedding_torch import RotaryEmbedding as LucidrainsRotary
 from transformers import DeepseekV3Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 from x_transformers.x_transformers import RotaryEmbedding as XRotary
 
 from megacontext_megatron.config import ConfigError, RotaryConfig
@@ -127,19 +124,23 @@ def test_a_single_pair_has_no_base():
     assert ruled(settings(NtkRule(factor=8.0), head_dim=2)).tolist() == [1.0]
 
 
-YARN_SHAPES = [(1.0, 10_000), (0.5, 10_000), (1.0, 1_000_000)]
+YARN_SHAPES = [(1.0, 10_000, LENGTH), (0.5, 10_000, LENGTH), (1.0, 1_000_000, LENGTH)]
+# Ramps that would begin before the first pair, and end behind the last channel.
+YARN_SHAPES += [(1.0, 10_000, 128), (1.0, 100, 400_000)]
 
 
-@pytest.mark.parametrize(("percent", "base"), YARN_SHAPES)
+@pytest.mark.parametrize("shape", YARN_SHAPES)
 @pytest.mark.parametrize("truncate", [True, False])
-@pytest.mark.parametrize(("factor", "fast", "slow"), [(4.0, 32.0, 1.0), (40.0, 16.0, 2.0)])
-def test_yarn(percent, base, truncate, factor, fast, slow):
-    rule = YarnRule(factor=factor, original_length=LENGTH, beta_fast=fast, beta_slow=slow, truncate=truncate)
+@pytest.mark.parametrize("numbers", [(4.0, 32.0, 1.0), (40.0, 16.0, 2.0)])
+def test_yarn(shape, truncate, numbers):
+    percent, base, length = shape
+    factor, fast, slow = numbers
+    rule = YarnRule(factor=factor, original_length=length, beta_fast=fast, beta_slow=slow, truncate=truncate)
     config = settings(rule, percent=percent, base=base)
     width = int(HEAD_DIM * percent)
-    expected = yarn_by_definition(width, base, LENGTH, factor, fast=fast, slow=slow, truncate=truncate)
+    expected = yarn_by_definition(width, base, length, factor, fast=fast, slow=slow, truncate=truncate)
     np.testing.assert_allclose(ruled(config), expected, rtol=1e-13)
-    parameters = {"factor": factor, "original_max_position_embeddings": LENGTH, "truncate": truncate}
+    parameters = {"factor": factor, "original_max_position_embeddings": length, "truncate": truncate}
     omega, attention = by_transformers("yarn", config, beta_fast=fast, beta_slow=slow, **parameters)
     assert_as_in_fp32(ruled(config), omega, base, factor)
     assert rules.attention_factor(config) == pytest.approx(attention, rel=1e-15)
@@ -230,54 +231,6 @@ def test_llama3(factor, low, high, original):
         np.testing.assert_allclose(ruled(config), expected, rtol=1e-13)
 
 
-# Axes
-
-
-def pair_angles(rule, places, base):
-    """Angles of pairs whose axes lie at `places` [axes, n], float64 [n, r]."""
-    axes = rules.section_axes(rule, PAIRS).numpy()
-    return places[axes].T * ruled(settings(rule, base=base))
-
-
-@pytest.mark.parametrize(
-    ("kind", "sections", "interleaved"),
-    [
-        (Qwen2VLRotaryEmbedding, (16, 24, 24), False),
-        (Qwen3VLTextRotaryEmbedding, (24, 20, 20), True),
-        (Qwen3VLTextRotaryEmbedding, (40, 20, 4), True),
-    ],
-)
-def test_mrope_assigns_axes_as_qwen_does(kind, sections, interleaved):
-    parameters = {"rope_type": "default", "rope_theta": 1_000_000, "mrope_section": list(sections)}
-    stock = kind(SimpleNamespace(max_position_embeddings=LENGTH, rope_parameters=parameters, head_dim=HEAD_DIM))
-    places = np.random.default_rng(0).integers(0, 400, (3, 7)).astype(np.float64)
-    cos, sin = stock(torch.zeros(1), torch.from_numpy(places).unsqueeze(1))
-    rule = SectionRule(axes=3, sections=sections, interleaved_sections=interleaved)
-    angles = pair_angles(rule, places, 1_000_000)
-    # The angle is a product in fp32 of up to 400.
-    np.testing.assert_allclose(cos[0, :, :PAIRS].numpy(), np.cos(angles), rtol=0, atol=400 * 8 * EPS)
-    np.testing.assert_allclose(sin[0, :, :PAIRS].numpy(), np.sin(angles), rtol=0, atol=400 * 8 * EPS)
-
-
-@pytest.mark.parametrize("axes", [1, 2, 4])
-def test_axial_restarts_on_every_axis(axes):
-    rule = SectionRule(axes=axes)
-    stock = LucidrainsRotary(HEAD_DIM // axes, freqs_for="lang", cache_if_possible=False)
-    sides = (5, 3, 4, 2)[:axes]
-    grid = stock.get_axial_freqs(*sides)[..., 0::2].reshape(-1, PAIRS).detach().numpy()
-    places = np.stack([side.ravel() for side in np.meshgrid(*map(np.arange, sides), indexing="ij")]).astype(float)
-    np.testing.assert_allclose(pair_angles(rule, places, BASE), grid, rtol=32 * EPS)
-    own = oracles.inverse_frequencies(HEAD_DIM // axes, BASE)
-    np.testing.assert_allclose(ruled(settings(rule)), np.tile(own, axes), rtol=1e-13)
-
-
-@pytest.mark.parametrize("rule", [SectionRule(axes=3, sections=(16, 24, 24)), SectionRule(axes=1)])
-def test_equal_axes_are_one_dimension(rule):
-    places = np.tile(np.arange(9.0), (rule.axes, 1))
-    expected = np.arange(9.0)[:, None] * oracles.inverse_frequencies(HEAD_DIM, BASE)
-    np.testing.assert_array_equal(pair_angles(rule, places, BASE), expected)
-
-
 # Bases of query groups
 
 
@@ -288,16 +241,6 @@ def test_multiscale(groups):
     expected = np.stack([oracles.inverse_frequencies(HEAD_DIM, base) for base in bases])
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, expected, rtol=1e-13)
-
-
-# Resonance
-
-
-def test_wavelengths_round_half_to_even():
-    periods = torch.tensor([2 * math.pi, 2.5, 3.5, 1000.4999, 1000.5001, 54_410.2], dtype=torch.float64)
-    rounded = rules.resonant_wavelengths(2 * math.pi / periods)
-    assert rounded.tolist() == [6, 2, 4, 1000, 1001, 54_410]
-    assert rounded.dtype == torch.int64
 
 
 # What Megatron has, and what changes nothing
@@ -343,6 +286,15 @@ def test_factors_of_one_are_rope_to_the_last_bit(name, base):
         assert torch.equal(getattr(found, part), getattr(plain, part))
     assert found.position_scale == 1.0
     assert found.fusable
+    unruled = oracles.inverse_frequencies(HEAD_DIM, base)
+    np.testing.assert_array_equal(ruled(settings(NOTHING[name], base=base, length=LENGTH)), unruled)
+
+
+def test_llama3_by_a_factor_of_one_is_rope_where_megatrons_is_not():
+    wide = {"head_dim": 256, "base": 500_000}
+    plain = rotary_frequencies(settings(**wide)).omega
+    assert torch.equal(rotary_frequencies(settings(Llama3Rule(factor=1.0), **wide)).omega, plain)
+    assert not torch.equal(rotary_frequencies(settings(llama3_factor=1.0, **wide)).omega, plain)
 
 
 # Refusals

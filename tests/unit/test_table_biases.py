@@ -74,10 +74,9 @@ def test_t5_between_whole_distances_is_the_line_between_them():
         mixed = low * (above - distance).unsqueeze(-1) + high * (distance - below).unsqueeze(-1)
         return mixed.permute(0, 3, 1, 2)
 
-    # On whole places the definition's slope is that of one side, which centres between places do not meet.
-    scene = Scene(widths=[32, 1, 32, 1, 32, 1, 32, 1])
+    scene = Scene(widths=[32, 1, 32, 1, 1, 32, 1, 32, 1])
     with torch.no_grad():
-        scene.centre[1::2] += 0.25
+        scene.centre[1::2] += 0.3125
     assert_is(precise(bias_of("t5")), scene, oracle)
 
 
