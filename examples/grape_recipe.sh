@@ -27,7 +27,7 @@ if [[ ${MC_CPU:-} != 0 ]] && { [[ ${MC_CPU:-} == 1 ]] || ! mc_has_gpu; }; then
   device=(--cpu)
   : "${LAYERS:=4}" "${HIDDEN:=128}" "${HEADS:=4}" "${QUERY_GROUPS:=2}" "${FFN:=384}"
   : "${EXPERTS:=4}" "${TOPK:=2}" "${EXPERT_FFN:=96}" "${ROWS:=256}" "${HISTORY:=3232}"
-  : "${STEPS:=120}" "${BATCH:=8}" "${MICRO_BATCH:=8}" "${LR:=4e-3}"
+  : "${STEPS:=200}" "${BATCH:=8}" "${MICRO_BATCH:=8}" "${LR:=4e-3}"
 fi
 : "${LAYERS:=12}" "${HIDDEN:=768}" "${HEADS:=12}" "${QUERY_GROUPS:=4}" "${FFN:=2048}"
 : "${EXPERTS:=16}" "${TOPK:=4}" "${EXPERT_FFN:=512}" "${ROWS:=1024}" "${HISTORY:=8192}"

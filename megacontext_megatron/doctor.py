@@ -119,14 +119,21 @@ def _missing(attention: Any, settings: Settings) -> Iterator[str]:
     rotates = attention.layer_number not in settings.no_rope_layers
     if rotates and not turns(attention):
         yield f"rotation by {settings.encoding}"
+    by_layer = settings.rotary.by_layer is not None
+    if rotates and by_layer != (type(attention.rotary).__name__ == "TableRotary"):
+        yield f"frequencies of {settings.encoding}"
     fused = type(attention.rotary).__name__ == "FusedGaussianRotary"
-    if rotates and fused != (settings.backend == "triton"):
+    if rotates and not by_layer and fused != (settings.backend == "triton"):
         yield f"rotary by {settings.backend}"
     learned = getattr(attention.rotary, "sigma_scale", None)
     if rotates and gaussian.learnable_sigma != "none" and learned is None:
         yield "--gaussian-rope-learnable-sigma"
     if gaussian.log_width_bias and attention.log_width_bias is None:
         yield "--gaussian-rope-log-width-bias"
+    wanted = [str(bias.name) for bias in settings.biases_of(attention.layer_number)]
+    wanted += ["alibi-lora"] if settings.slopes_by_query(attention.layer_number) else []
+    added = getattr(attention.core_attention, "_biases", {})
+    yield from (f"--position-bias {name}" for name in wanted if name not in added)
 
 
 def turns(attention: Any) -> bool:
@@ -143,10 +150,13 @@ def turns(attention: Any) -> bool:
     spans = SpanMetadata.of_nodes(start, torch.tensor([[0], [1]], device=device), settings.context.block_size)
     groups, width = attention.num_query_groups_per_partition, settings.rotary.head_dim
     key = torch.ones(2, 1, groups, width, device=device)
+    # what contextual frequencies read beside places
+    hidden = torch.ones(2, 1, attention.config.hidden_size, device=device)
+    contextual = getattr(attention.rotary, "steps", None) is not None
     with torch.no_grad():
-        _, finished = attention.rotary(key, key, spans)
+        _, finished = attention.rotary(key, key, spans, *([hidden] if contextual else []))
     place_read = not torch.equal(finished[0], finished[1])
-    damped = bool(finished[1].norm() < key[1].norm() * (1 - 1e-3))
+    damped = bool(finished[1].norm() < finished[0].norm() * (1 - 1e-3))
     expected = settings.gaussian.sigma != "none" and settings.gaussian.renorm == "none"
     return place_read and damped == expected
 

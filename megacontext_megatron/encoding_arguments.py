@@ -197,6 +197,8 @@ def _length(args: Namespace) -> int:
 def _yarn(args: Namespace) -> YarnRule:
     if args.yarn_deepseek and args.yarn_mscale_all_dim is None:
         raise ConfigError("--yarn-deepseek needs --yarn-mscale-all-dim, by which it scales the softmax.")
+    if args.yarn_deepseek and args.yarn_attention_factor is not None:
+        raise ConfigError("--yarn-attention-factor is of cos and sin, which have no factor with --yarn-deepseek.")
     rounded = args.yarn_correction_range_round_to_int
     return YarnRule(
         factor=_factor(args),
@@ -323,6 +325,10 @@ def _check_biases(args: Namespace, context: ContextConfig, names: set[str]) -> N
     collapses = context.plan != "recency"
     if "grape-ap" in names and collapses:
         raise ConfigError("--position-bias grape-ap is not defined for gists: use --mc-plan recency.")
+    if "cope" in names and args.gaussian_rope_log_width_bias:
+        raise ConfigError(
+            "--position-bias cope reads queries as wide as values: leave --gaussian-rope-log-width-bias out."
+        )
     if "cope" in names and collapses and args.cope_count is None:
         raise ConfigError("--cope-count is needed where contexts collapse: whether a gist counts as one entry or wide.")
     for name in sorted(names & {"cope", "grape-ap"}):

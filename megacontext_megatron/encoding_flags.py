@@ -24,7 +24,10 @@ RotaryBase = Literal[
     "grapem",
 ]
 
-_BOTH_WAYS = {"argparse_meta": {"action": argparse.BooleanOptionalAction}}
+# Megatron names a switch that is on by its --no form alone.
+_LEARNABLE = {
+    "argparse_meta": {"action": argparse.BooleanOptionalAction, "arg_names": ["--grapem-learnable-freq"]},
+}
 _NUMBERS = {"argparse_meta": {"nargs": "+", "type": float}}
 _PERIODS = (1e6, 1e7, 1e8, 1e9)
 
@@ -108,7 +111,7 @@ class RotaryFlags:
 class GrapeFlags:
     """GRAPE-M: --position-embedding-type grapem."""
 
-    grapem_learnable_freq: bool = field(default=True, metadata=_BOTH_WAYS)
+    grapem_learnable_freq: bool = field(default=True, metadata=_LEARNABLE)
     """Learn the frequencies of every layer."""
 
     grapem_per_head: bool = False

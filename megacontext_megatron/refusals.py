@@ -35,6 +35,10 @@ def _biased(args: Namespace) -> bool:
     return bool(args.position_bias or args.grape_a or {"alibi-lora", "slow-bands"} & set(args.retrofit))
 
 
+def _adds_up(args: Namespace) -> bool:
+    return not {"cope", "grape-ap", "fox"}.isdisjoint(args.position_bias)
+
+
 def _package_missing() -> bool:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -249,6 +253,11 @@ SPAN_REFUSALS = (
         "transformer_engine",
         asked=lambda a: _on_te(a) and _biased(a),
         why="the dense attention of --transformer-impl local alone adds a bias to scores",
+    ),
+    Refusal(
+        flag="--deterministic-mode with --grapem-contextual or --position-bias cope, grape-ap or fox",
+        asked=lambda a: a.deterministic_mode and not a.cpu and (a.grapem_contextual or _adds_up(a)),
+        why="they add up over rows, for which PyTorch has no deterministic kernel on a GPU",
     ),
     Refusal(
         flag="--grapem-contextual with --transformer-impl transformer_engine",

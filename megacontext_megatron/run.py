@@ -48,7 +48,7 @@ from megacontext_megatron.retrofit.checkpoint import (
     restore_settings,
     starts_retrofit,
 )
-from megacontext_megatron.retrofit.freezing import freeze_base
+from megacontext_megatron.retrofit.freezing import check_trains, freeze_base
 from megacontext_megatron.telemetry import flops
 from megacontext_megatron.telemetry.observer import TrainingObserver
 from megacontext_megatron.telemetry.probes import Prober, check_probes
@@ -96,6 +96,8 @@ def parse(
     _validate(args)
     _announce_fusion(args)
     settings = settings_from(args)
+    if settings.retrofit is not None and not args.skip_train:
+        check_trains(settings)
     # As it is saved with a checkpoint: what follows from other flags could follow otherwise later.
     args.mc_gist_hidden_size = settings.gist.hidden_size if settings.gist.learned else None
     check_data(args)

@@ -24,13 +24,16 @@ def spread_parameters() -> None:
     Gists are then about as much the answer as the mean of their block.
     """
     from megacontext_megatron.context.gistnet import BlockEncoder
+    from megacontext_megatron.position.clex import ClexFrequencies
     from megacontext_megatron.position.parameters import PositionalParameters
 
     largest = itertools.count(6)
     real = BlockEncoder.initialise
 
     def spread(self: PositionalParameters, size: int) -> torch.nn.Parameter:
-        return torch.nn.Parameter(torch.linspace(next(largest) / 10, -0.4, size))
+        # an exponent of frequencies would leave no digits of their phases
+        gain = 0.01 if isinstance(self, ClexFrequencies) else 1.0
+        return torch.nn.Parameter(gain * torch.linspace(next(largest) / 10, -0.4, size))
 
     @torch.no_grad()
     def initialise(self: BlockEncoder, seed: int) -> None:

@@ -83,6 +83,7 @@ MOE: Flags = {
 GRAPE: Flags = {
     "transformer_impl": "local",
     "position_embedding_type": "grapem",
+    "grapem_learnable_freq": True,
     "window_size": "16,0",
     "window_attn_skip_freq": 4,
     "no_rope_freq": 4,

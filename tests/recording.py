@@ -43,6 +43,34 @@ def gradients() -> Callable[[], list[dict[str, str]]]:
     return _final_gradients(lambda parameters: {name: digest(p.main_grad) for name, p in parameters.items()})
 
 
+def logits() -> Callable[[], list[str]]:
+    """Record a hash of the logits of every micro-batch that this rank runs through the last stage."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    seen: list[str] = []
+    real = LanguageModule.compute_language_model_loss
+
+    def record(self: LanguageModule, labels: Tensor, logits: Tensor) -> Tensor:
+        seen.append(digest(logits))
+        return real(self, labels, logits)
+
+    LanguageModule.compute_language_model_loss = record
+    return lambda: seen
+
+
+def frozen() -> Callable[[], list[dict[str, str]]]:
+    """Record the fingerprint of what is frozen after the first and after the last step."""
+    from megacontext_megatron.retrofit.freezing import frozen_fingerprint
+
+    seen: list[dict[str, str]] = []
+
+    def keep(model: list[torch.nn.Module]) -> None:
+        seen.append({name: value for chunk in model for name, value in frozen_fingerprint(chunk).items()})
+
+    after_gradients(keep)
+    return lambda: [seen[0], seen[-1]]
+
+
 def positional_gradients() -> Callable[[], list[dict[str, list[float]]]]:
     """Record the final gradients of all positional parameters, by name, for every step."""
     return _final_gradients(

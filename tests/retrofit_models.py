@@ -15,7 +15,7 @@ from megacontext_megatron.spans.plan import plan_rows
 
 LAYERS, HIDDEN, HEADS, GROUPS, WIDTH, VOCABULARY = 4, 32, 4, 2, 8, 64
 CONTEXT = ContextConfig(window=48, source_length=96, block_size=4, recent_tokens=8, horizon=4)
-PARTS = {"retrofit": RetrofitConfig(parts=("damping", "alibi-lora", "slow-bands"), lora_rank=2, lora_length=16)}
+RETROFIT = RetrofitConfig(parts=("damping", "alibi-lora", "slow-bands"), lora_rank=2, lora_length=16)
 BANDS = BiasConfig(name="slow-bands", layers=(2, 4), periods=(50.0, 400.0))
 SETTINGS = Settings(
     encoding="rope",
@@ -25,7 +25,7 @@ SETTINGS = Settings(
     biases=(BANDS,),
     gist=GistConfig(hidden=HIDDEN, kind="gistnet", layers=1, hidden_size=16),
     megacontext=True,
-    **PARTS,
+    retrofit=RETROFIT,
 )
 """All of a retrofit's parts; layers 2 and 4 have bands, and layer 1 has slopes by query."""
 

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from multiprocessing import forkserver
 from pathlib import Path
 
 from megacontext_megatron.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megacontext_megatron"
-PRELOADED = ("evaluation", "run")
-"""Modules whose import takes most of a short command's time."""
+PRELOADED = (
+    "torch.utils.tensorboard",
+    "megatron.training.training",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    f"{PACKAGE}.pretrain",
+)
+"""Modules whose import takes most of a short command's time, and which none of its flags changes."""
 
 ALONE = {
     **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
     **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
 }
-ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}
-"""Environment that must be there before torch is imported where there is no GPU."""
+ONE_CORE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
+ON_CPU = {"TORCHDYNAMO_DISABLE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Environment that must be there before torch is imported where there is no GPU; nothing may touch CUDA in a fork."""
 
 
 class Commands:
@@ -38,7 +48,10 @@ class Commands:
         self._forks = cpu and find_spec("transformer_engine") is None and sys.platform == "linux"
         self._context = multiprocessing.get_context("forkserver")
         if self._forks:
-            self._context.set_forkserver_preload([f"{PACKAGE}.{name}" for name in PRELOADED])
+            self._context.set_forkserver_preload(list(PRELOADED))
+            # The server keeps the environment it starts in, and threads are counted when torch is imported.
+            with _environment({**environment(), **ON_CPU}):
+                forkserver.ensure_running()
 
     def __call__(self, module: str, line: Sequence[str], log: Path) -> float:
         """Run `python -m megacontext_megatron.MODULE` and return its seconds.
@@ -55,7 +68,7 @@ class Commands:
         return time.monotonic() - started
 
     def _forked(self, module: str, line: Sequence[str], log: Path) -> int | None:
-        process = self._context.Process(target=run_here, args=(module, list(line), log, {**environment(), **ON_CPU}))
+        process = self._context.Process(target=run_here, args=(module, list(line), log))
         process.start()
         process.join()
         return process.exitcode
@@ -73,12 +86,23 @@ class Commands:
 def environment() -> dict[str, str]:
     """Return the environment of a single rank on one core."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1", **os.environ, **ALONE, "PYTHONPATH": path}
+    return {**ONE_CORE, **os.environ, **ALONE, "PYTHONPATH": path}
 
 
-def run_here(module: str, line: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def run_here(module: str, line: Sequence[str], log: Path) -> None:
     """Run a command in this process, which is its own, with its output behind what `log` holds."""
-    os.environ.update(environment)
+    os.environ.update(environment())
     os.chdir(ROOT)
     with log.open("a") as stream:
         for number in (sys.stdout.fileno(), sys.stderr.fileno()):

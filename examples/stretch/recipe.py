@@ -72,8 +72,8 @@ class Recipe:
                 f"length={self.length} must be a multiple of {SYMBOLS}, and micro_tokens={self.micro_tokens} one of "
                 f"the longest context, {self.longest}."
             )
-        if self.evaluated % self.micro(1):
-            raise ConfigError(f"evaluated={self.evaluated} must be a multiple of a micro-batch, {self.micro(1)}.")
+        if any(self.evaluated % self.micro(factor) for factor in (1, *self.factors)):
+            raise ConfigError(f"evaluated={self.evaluated} must be a multiple of all micro-batches.")
 
     @property
     def longest(self) -> int:
@@ -219,6 +219,7 @@ def adapter_flags(recipe: Recipe, method: str, adapters: str, base: Path) -> Fla
         "retrofit": parts,
         **own,
         "pretrained_checkpoint": str(base),
+        "use_checkpoint_args": True,
     }
 
 
@@ -261,9 +262,8 @@ TEXT = Recipe(
     steps=600,
     warmup=30,
     batch=64,
-    evaluated=256,
+    evaluated=128,
     micro_tokens=8192,
-    task_methods=METHODS,
     text=True,
     cpu=False,
 )

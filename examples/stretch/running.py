@@ -135,9 +135,13 @@ def run_all(experiment: Experiment, seeds: Sequence[int], jobs: int, *, keep_che
     bases = list(dict.fromkeys(seed for seed, _ in missing))
     adapted = list(dict.fromkeys((seed, cell.method, cell.adapters) for seed, cell in missing if cell.model != "base"))
     with ThreadPoolExecutor(max_workers=jobs) as pool:
-        list(pool.map(lambda seed: train_base(experiment, seed), bases))
-        list(pool.map(lambda item: train_adapters(experiment, *item), adapted))
-        list(pool.map(lambda item: measure(experiment, *item), missing))
+        try:
+            list(pool.map(lambda seed: train_base(experiment, seed), bases))
+            list(pool.map(lambda item: train_adapters(experiment, *item), adapted))
+            list(pool.map(lambda item: measure(experiment, *item), missing))
+        except ConfigError:
+            pool.shutdown(cancel_futures=True)
+            raise
     if not keep_checkpoints:
         for seed in seeds:
             shutil.rmtree(experiment.folder(seed) / "models", ignore_errors=True)
@@ -147,7 +151,7 @@ def run_all(experiment: Experiment, seeds: Sequence[int], jobs: int, *, keep_che
 def train_base(experiment: Experiment, seed: int) -> None:
     """Train a seed's base with Megatron's own rope, unless its checkpoint is there."""
     flags = {**model_flags(experiment.recipe), **training_flags(experiment.recipe, seed)}
-    _train(experiment, seed, "base", [*words(flags), *_training_data(experiment.data.train)])
+    _train(experiment, seed, "base", [*words(flags), "--train-data-path", experiment.data.train])
 
 
 def train_adapters(experiment: Experiment, seed: int, method: str, adapters: str) -> None:
@@ -159,7 +163,7 @@ def train_adapters(experiment: Experiment, seed: int, method: str, adapters: str
         **training_flags(recipe, seed, recipe.adapted),
         **adapter_flags(recipe, method, adapters, base),
     }
-    _train(experiment, seed, f"{adapters}-{method}", [*words(flags), *_training_data(experiment.data.adapt)])
+    _train(experiment, seed, f"{adapters}-{method}", [*words(flags), "--train-data-path", experiment.data.adapt])
 
 
 def _train(experiment: Experiment, seed: int, model: str, line: Sequence[str]) -> None:

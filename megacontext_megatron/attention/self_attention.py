@@ -194,6 +194,7 @@ class SpanSelfAttention(SelfAttention):
         if any(type(bias).features is not ScoreBias.features for bias in biases.values()):
             rows = self._all_rows(hidden)
             for name, bias in biases.items():
+                _gather_parameters(bias)
                 features = bias.features(rows, query, key)
                 if features is not None:
                     tensors[f"features/{name}"] = features
@@ -243,10 +244,12 @@ class SpanSelfAttention(SelfAttention):
 
 
 def _weight_of(norm: torch.nn.Module) -> Tensor:
-    """Return the weight of a norm that is not called.
-
-    Before a call Megatron gathers what a distributed optimizer has updated elsewhere; its hooks are run for that.
-    """
-    for hook in norm._forward_pre_hooks.values():
-        hook(norm, ())
+    """Return the weight of a norm that is not called."""
+    _gather_parameters(norm)
     return cast(Tensor, norm.weight)
+
+
+def _gather_parameters(module: torch.nn.Module) -> None:
+    """Run what Megatron does before a module's call: it gathers what a distributed optimizer has updated elsewhere."""
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())

@@ -21,6 +21,8 @@ class FusedGaussianRotary(GaussianRotary):
         if not config.fusable:
             raise ValueError("the kernel has exact phases and no renormalisation")
         super().__init__(config, *args, **kwargs)
+        if not self._frequencies.fusable:
+            raise ValueError("the kernel has no factors on cos, sin and queries, and no start window")
         self._options = RotaryOptions(interleaved=self._interleaved, damp_query=config.sides == "qk")
         self._table: RotaryTable | None = None
 

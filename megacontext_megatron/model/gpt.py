@@ -194,10 +194,16 @@ class MegaContextGPTModel(GPTModel):
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return what the parent does, without the plugin's parameters where a checkpoint is not to hold them."""
-        state = super().sharded_state_dict(*args, **kwargs)
         if self.expects_adapters:
-            return state
-        return {key: value for key, value in state.items() if key not in plugin_parameters(self)}
+            return super().sharded_state_dict(*args, **kwargs)
+        # Layers that adapters make different are alike in the base, which has its own keys then.
+        adapted, self.config.hetereogenous_dist_checkpoint = self.config.hetereogenous_dist_checkpoint, False
+        try:
+            state = super().sharded_state_dict(*args, **kwargs)
+        finally:
+            self.config.hetereogenous_dist_checkpoint = adapted
+        own = plugin_parameters(self)
+        return {key: value for key, value in state.items() if key not in own}
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load as the parent does, then verify that every parameter of the plugin holds what the checkpoint holds.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -81,7 +82,10 @@ def _stored(path: Path) -> dict[str, Tensor]:
         if isinstance(entry, TensorStorageMetadata) and ADAPTER_KEY.match(key)
     }
     if state:
-        load(state, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            # That nothing is distributed, which is what was asked for.
+            warnings.simplefilter("ignore")
+            load(state, storage_reader=reader, no_dist=True)
     return state
 
 

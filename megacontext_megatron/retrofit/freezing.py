@@ -84,12 +84,12 @@ def _asking(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 def frozen_fingerprint(model: torch.nn.Module) -> dict[str, str]:
     """Return the SHA-256 of every frozen parameter and every persistent buffer of a model, by name."""
-    saved = model.state_dict(keep_vars=True)
-    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    # By identity: a wrapped model's state and its parameters have other names.
+    trained = {id(value) for value in model.parameters() if value.requires_grad}
     return {
         name: hashlib.sha256(_bytes(value.detach())).hexdigest()
-        for name, value in saved.items()
-        if isinstance(value, Tensor) and name not in trained
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor) and id(value) not in trained
     }
 
 

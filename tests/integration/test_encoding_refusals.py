@@ -28,6 +28,12 @@ ROTARY = {
         named("yarn", rope_stretch=4, rope_original_length=64, yarn_deepseek=True),
         "--yarn-deepseek needs --yarn-mscale-all-dim",
     ),
+    "a factor of what has none": (
+        named("yarn", rope_stretch=4, rope_original_length=64, yarn_deepseek=True, yarn_mscale_all_dim=1)
+        | {"yarn_attention_factor": 1.1},
+        "--yarn-attention-factor",
+        "--yarn-deepseek",
+    ),
     "factors of too few pairs": (
         named("longrope", rope_stretch=4, rope_original_length=64, longrope_short_factors=[1, 1]),
         "--longrope-short-factors takes 4 positive numbers",
@@ -52,6 +58,11 @@ BIASES = {
     "no layer for grape-a": ({**NONE, "grape_a": True, "window_size": "15,0"}, "--grape-a", "--window-size"),
     "paths over gists": ({**NONE, "position_bias": ["grape-ap"]}, "--position-bias grape-ap", "--mc-plan recency"),
     "gists that count for what": ({**NONE, "position_bias": ["cope"]}, "--cope-count is needed"),
+    "wider queries than cope reads": (
+        {**NONE, "position_bias": ["cope"], "cope_count": "width", "gaussian_rope_log_width_bias": True},
+        "--position-bias cope",
+        "--gaussian-rope-log-width-bias",
+    ),
     "buckets of nothing": ({**NONE, "t5_num_buckets": 16}, "--t5-num-buckets has no effect without"),
 }
 SPLIT = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megacontext_megatron.adapters import main
 from megacontext_megatron.config import ConfigError
 from megacontext_megatron.encoding_config import BiasConfig, RetrofitConfig
+from megacontext_megatron.retrofit import adapters
 from megacontext_megatron.retrofit.adapters import (
     ADAPTER_KEY,
     check_adapters,
@@ -216,11 +218,15 @@ def test_other_settings_are_refused_by_their_flags(exported):
     assert "rotary" not in str(refused.value)
 
 
-def test_checkpoints_without_adapters_are_refused(tmp_path, exported):
+def test_checkpoints_without_adapters_are_refused(tmp_path, exported, monkeypatch):
     with pytest.raises(ConfigError, match=r"--load .* holds no checkpoint"):
         export_adapters(str(tmp_path), tmp_path / "out.safetensors")
     with pytest.raises(ConfigError, match=r"--out .* cannot be written"):
         export_adapters(str(exported.parent / "saved"), tmp_path / "absent" / "out.safetensors")
+    monkeypatch.setattr(adapters, "ADAPTER_KEY", re.compile("lens_net"))
+    with pytest.raises(ConfigError, match="iter_0000007 holds no adapters"):
+        export_adapters(str(exported.parent / "saved"), tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -120,10 +120,10 @@ def test_moved_spans_are_read_where_they_lie_and_learn():
     weights = torch.randn(moved.shape, generator=torch.Generator().manual_seed(0))
     (moved * weights).sum().backward()
     mu = spans.doubled_centre.double().numpy() / 2 + 2.0
-    wanted = [weights.transpose(0, 1).double().numpy(), mu, sigma.detach().double().numpy()]
+    of, spread = weights.transpose(0, 1).double().numpy(), sigma.detach().double().numpy()
     for leaf, place in ((offset, 1), (sigma, 2)):
         assert leaf.grad is not None
-        slopes = central_difference(*wanted, place)
+        slopes = central_difference(of, mu, spread, place)
         np.testing.assert_allclose(leaf.grad.double().numpy(), slopes, rtol=0, atol=HIDDEN * 16 * EPS)
         assert np.abs(slopes).max() > 0.01
 

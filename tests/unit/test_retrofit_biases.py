@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,16 +47,16 @@ def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def inputs(share=WHOLE, rows=range(ROWS), dtype=torch.float32, shift=0.0, **given):
+def inputs(share=WHOLE, rows: Iterable[int] = range(ROWS), dtype=torch.float32, shift=0.0, **given):
     """Rows at real-valued places, tokens and gists."""
-    rows = torch.tensor(list(rows))
+    numbers = torch.tensor(list(rows))
     heads, groups = (s.stop - s.start for s in (share.local_heads, share.local_groups))
     centre = draw(ROWS, BATCH, seed=1, dtype=torch.float64).exp().cumsum(0) * 20 + shift
     return BiasInputs(
-        query=torch.zeros(len(rows), BATCH, heads, WIDTH, dtype=dtype),
+        query=torch.zeros(len(numbers), BATCH, heads, WIDTH, dtype=dtype),
         key=torch.zeros(ROWS, BATCH, groups, WIDTH, dtype=dtype),
-        scores=torch.zeros(BATCH, heads, len(rows), ROWS, dtype=dtype),
-        rows=rows,
+        scores=torch.zeros(BATCH, heads, len(numbers), ROWS, dtype=dtype),
+        rows=numbers,
         centre=centre,
         width=torch.ones(ROWS, BATCH, dtype=torch.int32),
         **given,
@@ -79,7 +81,14 @@ def hidden(dtype=torch.float32):
     return draw(ROWS, BATCH, HIDDEN, seed=4, dtype=dtype)
 
 
-def run(module: AlibiLora | SlowBands, share=WHOLE, rows=range(ROWS), dtype=torch.float32, states=None, **given):
+def run(
+    module: AlibiLora | SlowBands,
+    share=WHOLE,
+    rows: Iterable[int] = range(ROWS),
+    dtype=torch.float32,
+    states=None,
+    **given,
+):
     """Return a bias as a layer would have it."""
     got = inputs(share, rows, dtype, **given)
     states = hidden(dtype) if states is None else states
@@ -106,10 +115,10 @@ MAKERS = {"slow-bands": bands, "alibi-lora": lora}
 
 
 def expected_of(module, at, states=None):
-    own = [p.detach().double().numpy() for p in module.parameters()]
+    own: list[Any] = [p.detach().double().numpy() for p in module.parameters()]
     if isinstance(module, SlowBands):
-        return bands_by_definition(*own, at)
-    return lora_by_definition(*own, (hidden() if states is None else states).double().numpy(), at)
+        return bands_by_definition(own[0], at)
+    return lora_by_definition(own[0], own[1], (hidden() if states is None else states).double().numpy(), at)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -157,7 +166,7 @@ def test_gradients_are_the_slopes_of_the_definitions(name):
     values = [leaf.detach().double().numpy() for leaf in leaves]
 
     def total(values):
-        by_definition = bands_by_definition if name == "slow-bands" else lora_by_definition
+        by_definition: Any = bands_by_definition if name == "slow-bands" else lora_by_definition
         return (by_definition(*values, at) * weights.double().numpy()).sum()
 
     for number, leaf in enumerate(leaves):

@@ -139,7 +139,8 @@ def test_tokens_are_finished_as_in_transformers(name, last):
     places = [0, 1, 500, last]
     query, key = random_rows(4, 4), random_rows(4, 2, seed=1)
     cos, sin = LlamaRotaryEmbedding(theirs)(query, torch.tensor([places]))
-    expected = apply_rotary_pos_emb(*(x.permute(1, 2, 0, 3) for x in (query, key)), cos, sin)
+    heads_first = [x.permute(1, 2, 0, 3) for x in (query, key)]
+    expected = apply_rotary_pos_emb(heads_first[0], heads_first[1], cos, sin)
     finished = rotary(replace(CONFIGS[name], length=last + 1))(query, key, tokens_at(*places))
     for ours, other in zip(finished, expected, strict=True):
         # Their angle is rounded where it lies, at up to as many radians as the place, and so is the frequency in it.

@@ -1,6 +1,7 @@
 """Frequency rules against the definitions, transformers, x-transformers, rotary-embedding-torch and Megatron."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,7 +106,8 @@ def test_ntk(factor, percent):
     plain = oracles.inverse_frequencies(width, BASE)
     assert ours[0] == plain[0]
     assert ours[-1] == pytest.approx(plain[-1] / factor, rel=1e-13)
-    assert_as_in_fp32(ours, XRotary(width, base_rescale_factor=factor).inv_freq.numpy(), BASE, factor)
+    theirs = XRotary(width, base_rescale_factor=factor)(torch.ones(1))[0][0, 0, 0::2]
+    assert_as_in_fp32(ours, theirs.numpy(), BASE, factor)
     lucidrains = LucidrainsRotary(width, theta_rescale_factor=factor).freqs.detach().numpy()
     assert_as_in_fp32(ours, lucidrains, BASE, factor)
 
@@ -189,7 +191,7 @@ def test_deepseek_scales_the_softmax_of_whole_heads(all_dim):
         parameters |= {"mscale": all_dim, "mscale_all_dim": all_dim}
     small = {"hidden_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "q_lora_rank": 4, "kv_lora_rank": 4}
     small |= {"qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
-    attention = DeepseekV3Attention(DeepseekV3Config(**small, rope_parameters=parameters), 0)
+    attention = DeepseekV3Attention(DeepseekV3Config.from_dict(small | {"rope_parameters": parameters}), 0)
     config = settings(
         YarnRule(factor=40.0, original_length=LENGTH, mscale=all_dim, mscale_all_dim=all_dim, deepseek=True)
     )
@@ -215,8 +217,9 @@ def test_longrope(select, length):
 def test_longrope_attention_factors():
     # Phi-3-mini-128k: 131072 over 4096.
     assert rules.attention_factor(settings(LONGROPE)) == pytest.approx(1.190238, abs=1e-6)
-    for fields, expected in (({"factor": 1.0}, 1.0), ({"factor": 0.5}, 1.0), ({"attention_factor": 1.3}, 1.3)):
-        rule = LongRopeRule(**({"factor": 32.0} | fields), original_length=4, short_factors=(), long_factors=())
+    plain = LongRopeRule(factor=1.0, original_length=4, short_factors=(), long_factors=())
+    cases = ((plain, 1.0), (replace(plain, factor=0.5), 1.0), (replace(plain, factor=32.0, attention_factor=1.3), 1.3))
+    for rule, expected in cases:
         assert rules.attention_factor(settings(rule)) == expected
 
 

@@ -64,20 +64,21 @@ def test_t5_of_tokens_is_transformers_with_its_gradient():
     torch.testing.assert_close(bias.table.grad.view(BUCKETS, HEADS), theirs.relative_attention_bias.weight.grad)
 
 
-def test_t5_between_whole_distances_is_the_line_between_them():
+@pytest.mark.parametrize(("buckets", "longest"), [(BUCKETS, 128), (8, 5)])
+def test_t5_between_whole_distances_is_the_line_between_them(buckets, longest):
     def oracle(bias: Any, scene: Scene):
-        table = bias.table.view(BUCKETS, HEADS)
+        table = bias.table.view(buckets, HEADS)
         place = scene.centre.t()
         distance = (place[:, :, None] - place[:, None, :]).clamp(min=0)
         below, above = distance.detach().floor(), distance.detach().floor() + 1
-        low, high = (table[their_buckets(n.long(), BUCKETS, 128)] for n in (below, above))
+        low, high = (table[their_buckets(n.long(), buckets, longest)] for n in (below, above))
         mixed = low * (above - distance).unsqueeze(-1) + high * (distance - below).unsqueeze(-1)
         return mixed.permute(0, 3, 1, 2)
 
-    scene = Scene(widths=[32, 1, 32, 1, 1, 32, 1, 32, 1])
+    scene = Scene(widths=[32, 1, 32, *TOKENS, 32, 1])
     with torch.no_grad():
         scene.centre[1::2] += 0.3125
-    assert_is(precise(bias_of("t5")), scene, oracle)
+    assert_is(precise(bias_of("t5", t5_buckets=buckets, t5_max_distance=longest)), scene, oracle)
 
 
 def test_t5_is_continuous():
