@@ -93,12 +93,13 @@ data=(
   --tokenizer-type NullTokenizer --vocab-size 320 --null-tokenizer-eod-id 256
   --make-vocab-size-divisible-by 16
 )
+quarter=$((STEPS > 4 ? STEPS / 4 : 1))
 training=(
   --micro-batch-size "$MICRO_BATCH" --global-batch-size "$BATCH" --train-iters "$STEPS"
   --lr "$LR" --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters $((STEPS / 20))
   --weight-decay 0.1 --adam-beta2 0.98 --clip-grad 1.0 --seed "$SEED"
-  --log-interval 10 --eval-interval $((STEPS / 4)) --eval-iters 8
-  --save "$OUT" --load "$OUT" --save-interval $((STEPS / 4)) --tensorboard-dir "$OUT/tensorboard"
+  --log-interval 10 --eval-interval "$quarter" --eval-iters 8
+  --save "$OUT" --load "$OUT" --save-interval "$quarter" --tensorboard-dir "$OUT/tensorboard"
 )
 exec bash "$root/scripts/train.sh" "${device[@]}" "${model[@]}" "${windows[@]}" "${positions[@]}" \
   "${experts[@]}" "${contexts[@]}" "${data[@]}" "${training[@]}" "$@"

@@ -255,6 +255,11 @@ SPAN_REFUSALS = (
         why="the dense attention of --transformer-impl local alone adds a bias to scores",
     ),
     Refusal(
+        flag="--use-distributed-optimizer with --retrofit",
+        asked=lambda a: bool(a.retrofit) and a.use_distributed_optimizer,
+        why="Megatron's cannot save a rank on which nothing trains; leave it out, adapters are small",
+    ),
+    Refusal(
         flag="--deterministic-mode with --grapem-contextual or --position-bias cope, grape-ap or fox",
         asked=lambda a: a.deterministic_mode and not a.cpu and (a.grapem_contextual or _adds_up(a)),
         why="they add up over rows, for which PyTorch has no deterministic kernel on a GPU",

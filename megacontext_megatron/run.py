@@ -310,7 +310,7 @@ class Run:
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )
-        if self._settings.retrofit is not None:
+        if self._settings.retrofit is not None and not args.skip_train:
             self._retrofit(model)
         return model
 

@@ -33,8 +33,8 @@ ALONE = {
     **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
 }
 ONE_CORE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
-ON_CPU = {"TORCHDYNAMO_DISABLE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-"""Environment that must be there before torch is imported where there is no GPU; nothing may touch CUDA in a fork."""
+ON_CPU = {"TORCHDYNAMO_DISABLE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONWARNINGS": "ignore"}
+"""Environment of the process that others are forked off: nothing may touch CUDA there, nor speak between our lines."""
 
 
 class Commands:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests import mutations, recording
-from tests.parity import CLEARLY, CP, MOE_STEPS, ONE, PP, TP, TP_SP, Flags, Layout, References
+from tests.parity import CLEARLY, CP, MOE_STEPS, ONE, PP, TP_SP, Flags, Layout, References
 
 pytestmark = pytest.mark.full
 
@@ -33,14 +33,12 @@ ALONE = dataclasses.replace(ONE, family=FAMILY)
 
 FAULT_STEPS = 4
 SETTINGS: tuple[Flags, ...] = (
-    {"position_embedding_type": "rope", "grapem_learnable_freq": None},
-    {"no_rope_freq": None},
-    {"grape_a": None, "grape_a_learnable": None, "bias_slope_scale": None},
-    {"grape_a_learnable": None},
-    {"window_size": None, "window_attn_skip_freq": None, "no_rope_freq": None},
+    {"bias_slope_scale": 1.0},
+    {"window_size": "31,0"},
     {"moe_router_bias_update_rate": 0.0},
+    {"moe_router_topk_scaling_factor": 1.0},
 )
-"""What the recipe has, taken away."""
+"""What the recipe has, changed where its checkpoint still fits."""
 
 GRADIENT_TOLERANCE = 1e-4
 """Of a parameter's largest gradient: these are sums over all heads and rows that largely cancel."""
@@ -51,11 +49,39 @@ def test_agrees_with_one_process(references: References, tmp_path: Path, layout:
     references.agrees(layout, tmp_path, steps=MOE_STEPS)
 
 
-@pytest.mark.parametrize("without", SETTINGS, ids=" ".join)
-def test_setting_is_worth_comparing(references: References, tmp_path: Path, without: Flags) -> None:
+@pytest.mark.parametrize("changed", SETTINGS, ids=" ".join)
+def test_setting_is_worth_comparing(references: References, tmp_path: Path, changed: Flags) -> None:
     """A layout that ignored one of the recipe's settings would not agree."""
-    layout = dataclasses.replace(ALONE, name=f"without {', '.join(without)}", flags=without)
+    layout = dataclasses.replace(ALONE, name=f"another {', '.join(changed)}", flags=changed)
     assert references.compared(layout, tmp_path, steps=FAULT_STEPS).excess() > CLEARLY
+
+
+def fixed_slopes() -> None:
+    """Let the global layer have the slopes it would have without learning."""
+    from megacontext_megatron.position.linear_biases import Alibi, GrapeA
+
+    GrapeA.slopes = Alibi.slopes
+
+
+def equal_slopes() -> None:
+    """Let every tensor-parallel rank have the slopes of the first rank's heads."""
+    from megacontext_megatron.position import linear_biases
+
+    real = linear_biases.alibi_slopes
+    linear_biases.alibi_slopes = lambda heads: real(heads)[: heads // 2] * 2
+
+
+def fixed_frequencies() -> None:
+    """Let learned frequencies be used as constants."""
+    from megacontext_megatron.position.layer_frequencies import GrapeFrequencies
+
+    real = GrapeFrequencies.forward
+    GrapeFrequencies.forward = lambda self, device: real(self, device).detach()
+
+
+@pytest.mark.parametrize("fault", [fixed_slopes, equal_slopes, fixed_frequencies])
+def test_fault_is_noticed(references: References, tmp_path: Path, fault: Callable[[], None]) -> None:
+    assert references.compared(ALONE, tmp_path, steps=FAULT_STEPS, before=fault).excess() > CLEARLY
 
 
 def positional_gradients() -> Callable[[], list[dict[str, list[float]]]]:
@@ -90,8 +116,7 @@ def test_frequencies_and_slopes_get_whole_gradients(references: References, tmp_
 
 def test_gradients_of_one_rank_alone_are_noticed(references: References, tmp_path: Path) -> None:
     expected = _gradients(references, tmp_path / "one", ALONE, positional_gradients)[0]
-    layout = Layout(name="TP2", ranks=2, flags=TP, family=FAMILY)
-    found = _gradients(references, tmp_path / "many", layout, unsummed)
+    found = _gradients(references, tmp_path / "many", LAYOUTS[0], unsummed)
     assert max(_worst(rank, expected) for rank in found) > CLEARLY * GRADIENT_TOLERANCE
 
 
@@ -120,20 +145,21 @@ def _worst(found: dict[str, list[float]], expected: dict[str, list[float]]) -> f
 
 def test_the_script_trains_and_goes_on(corpus: Path, tmp_path: Path) -> None:
     """Two steps, and then two more from the checkpoint."""
-    sizes = {"HIDDEN": "32", "HEADS": "2", "QUERY_GROUPS": "1", "FFN": "64", "EXPERT_FFN": "32"}
+    sizes = {"HIDDEN": "32", "HEADS": "2", "QUERY_GROUPS": "1", "FFN": "64", "EXPERT_FFN": "32", "STEPS": "4"}
     data = {"TRAIN_DATA": str(corpus), "VALID_DATA": str(corpus), "OUT": str(tmp_path / "run")}
     settings = {"MC_RUNTIME": sys.executable, "MC_CPU": "1", "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
-    for steps in ("2", "4"):
-        flags = ["--train-iters", steps, "--lr-decay-iters", "4", "--lr-warmup-iters", "0", "--eval-iters", "0"]
+    said = []
+    for more in (["--exit-interval", "2"], []):
         done = subprocess.run(
-            [BASH, str(RECIPE), *flags, "--log-interval", "1"],
+            [BASH, str(RECIPE), "--eval-iters", "0", "--log-interval", "1", "--save-interval", "4", *more],
             env={**os.environ, **sizes, **data, **settings},
             capture_output=True,
             text=True,
             timeout=300,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert re.findall(r"\biteration +(\d+)/", done.stdout) == ["3", "4"]
-    layers = re.findall(r"^> (\d) \| (.*)$", done.stdout, re.MULTILINE)
-    assert [layer.split(" | ")[2:4] for _, layer in layers] == [["127,0", "none"]] * 3 + [["full", "grape-a"]]
-    assert [layer.startswith("none | none") for _, layer in layers] == [False] * 3 + [True]
+        said.append(done.stdout)
+    assert [re.findall(r"\] iteration +(\d+)/", text) for text in said] == [["1", "2"], ["3", "4"]]
+    layers = re.findall(r"^> \d \| (.*)$", said[0], re.MULTILINE)
+    assert [layer.split(" | ")[2:4] for layer in layers] == [["127,0", "none"]] * 3 + [["full", "grape-a"]]
+    assert [layer.startswith("none | none") for layer in layers] == [False] * 3 + [True]

@@ -105,6 +105,10 @@ RETROFIT = {
         {"retrofit": ["slow-bands"], "pretrained_checkpoint": "base"},
         "--pretrained-checkpoint base holds no checkpoint",
     ),
+    "an optimizer in parts": (
+        {**ROPE, "retrofit": ["slow-bands"], "use_distributed_optimizer": True},
+        "--use-distributed-optimizer with --retrofit",
+    ),
     "adapters of nothing": ({**ROPE, "retrofit_adapters": "a.safetensors"}, "--retrofit-adapters has no effect"),
     "a rank of nothing": ({**ROPE, "retrofit_lora_rank": 4}, "--retrofit-lora-rank has no effect"),
 }

@@ -61,7 +61,8 @@ def adapted(runs: Runs) -> TrainResult:
 
 def test_a_retrofit_starts_as_its_base_bit_for_bit(runs: Runs, adapted: TrainResult) -> None:
     """Damping of tokens, a LoRA whose second matrix is 0 and bands of amplitude 0 change no logit."""
-    base = runs.train("again", **ROPE, pretrained_checkpoint=runs.base, finetune=True, train_iters=1).check()
+    start = {"pretrained_checkpoint": runs.base, "finetune": True, "train_iters": 1}
+    base = runs.train("again", **{**ROPE, **start}).check()
     [expected], [found] = base.values, adapted.values
     assert len(expected) == 2
     assert found[:2] == expected
