@@ -22,12 +22,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/environment.sh"
 mc_check_installed
 
-device=(--bf16)
+device=(--bf16) spread=0.03
 if [[ ${MC_CPU:-} != 0 ]] && { [[ ${MC_CPU:-} == 1 ]] || ! mc_has_gpu; }; then
-  device=(--cpu)
+  device=(--cpu) spread=0.06
   : "${LAYERS:=4}" "${HIDDEN:=128}" "${HEADS:=4}" "${QUERY_GROUPS:=2}" "${FFN:=384}"
   : "${EXPERTS:=4}" "${TOPK:=2}" "${EXPERT_FFN:=96}" "${ROWS:=256}" "${HISTORY:=3232}"
-  : "${STEPS:=200}" "${BATCH:=8}" "${MICRO_BATCH:=8}" "${LR:=4e-3}"
+  : "${STEPS:=300}" "${BATCH:=4}" "${MICRO_BATCH:=4}" "${LR:=4e-3}"
 fi
 : "${LAYERS:=12}" "${HIDDEN:=768}" "${HEADS:=12}" "${QUERY_GROUPS:=4}" "${FFN:=2048}"
 : "${EXPERTS:=16}" "${TOPK:=4}" "${EXPERT_FFN:=512}" "${ROWS:=1024}" "${HISTORY:=8192}"
@@ -71,7 +71,7 @@ model=(
   --transformer-impl local
   --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size "$FFN"
   --num-attention-heads "$HEADS" --group-query-attention --num-query-groups "$QUERY_GROUPS"
-  --normalization RMSNorm --swiglu --disable-bias-linear --init-method-std 0.03
+  --normalization RMSNorm --swiglu --disable-bias-linear --init-method-std "$spread"
   --attention-dropout 0 --hidden-dropout 0
 )
 experts=(

@@ -7,11 +7,12 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 from megacontext_megatron.config import ConfigError
@@ -47,6 +48,7 @@ class Commands:
         # A process that has imported Transformer Engine cannot run without a GPU: such commands refuse it first.
         self._forks = cpu and find_spec("transformer_engine") is None and sys.platform == "linux"
         self._context = multiprocessing.get_context("forkserver")
+        self._asking = threading.Lock()
         if self._forks:
             self._context.set_forkserver_preload(list(PRELOADED))
             # The server keeps the environment it starts in, and threads are counted when torch is imported.
@@ -69,8 +71,12 @@ class Commands:
 
     def _forked(self, module: str, line: Sequence[str], log: Path) -> int | None:
         process = self._context.Process(target=run_here, args=(module, list(line), log))
-        process.start()
-        process.join()
+        # A start asks all processes whether they have ended, and only one thread may ask at a time.
+        with self._asking:
+            process.start()
+        connection.wait([process.sentinel])
+        with self._asking:
+            process.join()
         return process.exitcode
 
     @staticmethod

@@ -22,7 +22,19 @@ SIZES += ("factors=2,4", "adapter_steps=3", "task_methods=yarn")
 
 def run(out: Path) -> str:
     """Run the example and return what it printed."""
-    command = [sys.executable, "-m", "examples.stretch", "--tier", "cpu", "--out", str(out), "--seeds", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.stretch",
+        "--tier",
+        "cpu",
+        "--out",
+        str(out),
+        "--seeds",
+        "1",
+        "--jobs",
+        "2",
+    ]
     done = subprocess.run([*command, "--set", *SIZES], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -10,6 +10,7 @@ import pytest
 
 from examples.stretch import report, sequences
 from examples.stretch.__main__ import parser, recipe_of
+from examples.stretch.commands import Commands
 from examples.stretch.recipe import (
     HELD_OUT,
     LONG_COPY,
@@ -129,11 +130,9 @@ def test_all_contexts_of_a_tier_are_compared_on_the_same_labels(tier):
     recipe = TIERS[tier]
     for data, length in ((HELD_OUT, recipe.longest), (LONG_COPY, 4 * recipe.length), (ORDERING, 4 * recipe.length)):
         flags = [evaluation_flags(recipe, cell) for cell in cells(recipe) if cell.data == data]
-        assert {flag["mc_source_length"] for flag in flags} == {length}
-        assert {(flag["mc_horizon"], flag["mc_eval_samples"]) for flag in flags} == {
-            (recipe.last(data), recipe.evaluated)
-        }
-        assert {flag["mc_plan"] for flag in flags} == {"recency"}
+        shared = {"mc_source_length": length, "mc_horizon": recipe.last(data), "mc_eval_samples": recipe.evaluated}
+        assert flags
+        assert all(flag | shared | {"mc_plan": "recency"} == flag for flag in flags)
         assert all(recipe.evaluated % int(str(flag["micro_batch_size"])) == 0 for flag in flags)
 
 
@@ -158,7 +157,8 @@ def test_methods_differ_in_their_rule_alone():
     added = {method: adapter_flags(CPU, method, LORA, Path("base")) for method in METHODS}
     assert added[NONE]["retrofit"] == [LORA]
     assert added["yarn"]["retrofit"] == ["stretch", LORA]
-    assert {(each["retrofit_lora_length"], each["pretrained_checkpoint"]) for each in added.values()} == {(64, "base")}
+    shared = {"retrofit_lora_length": CPU.length, "pretrained_checkpoint": "base"}
+    assert all(each | shared == each for each in added.values())
     assert adapter_flags(GPU, "yarn", SLOW, Path("base"))["slow_band_periods"] == ["6827", "68267", "682667", "6826667"]
 
 
@@ -194,6 +194,15 @@ def test_the_command_line_changes_the_recipe():
     options = parser().parse_args(["--out", "x", "--set", "adapter_rate=3e-3", "factors=2,4", "--", "--seed", "7"])
     recipe = recipe_of(options)
     assert (recipe.adapter_rate, recipe.factors, options.extra) == (0.003, (2, 4), ["--seed", "7"])
+
+
+def test_a_failed_command_names_its_log(tmp_path: Path):
+    log = tmp_path / "log"
+    with pytest.raises(ConfigError, match=f"nothing ended with 1: read {log}"):
+        Commands(cpu=False)("nothing", ["--flag", "1"], log)
+    lines = log.read_text().splitlines()
+    assert lines[0] == "python -m megacontext_megatron.nothing --flag 1"
+    assert "No module named" in lines[-1]
 
 
 AT_2T = {NONE: 1.3, "linear": 2.0, "ntk": 1.0, "yarn": 0.99}
