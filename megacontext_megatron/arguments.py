@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.training.argument_utils import ArgumentGroupFactory
 
+from megacontext_megatron.bias_arguments import additive_config, bias_configs, retrofit_config
 from megacontext_megatron.config import (
     ENCODINGS,
     STOCK_ENCODINGS,
@@ -21,11 +22,9 @@ from megacontext_megatron.config import (
     Settings,
 )
 from megacontext_megatron.encoding_arguments import (
-    additive_config,
-    bias_configs,
     damps,
     refuse_idle_flags,
-    retrofit_config,
+    refuse_senseless_numbers,
     rotary_config,
     rotary_name,
 )
@@ -133,6 +132,7 @@ def refuse_unsupported(args: Namespace) -> None:
     if args.gaussian_rope_log_width_bias and not spans:
         raise ConfigError("--gaussian-rope-log-width-bias has no effect without --megacontext.")
     refuse_idle_flags(args)
+    refuse_senseless_numbers(args)
     _refuse_idle_settings(args)
     if args.mc_backend != "auto" and not turned:
         raise ConfigError(
@@ -249,6 +249,11 @@ def settings_from(args: Namespace) -> Settings:
     context = context_config(args)
     gaussian = gaussian_config(args, context)
     rotary = rotary_config(args, context)
+    if rotary.by_layer is not None and gaussian is not None and not gaussian.fusable:
+        raise ConfigError(
+            f"--gaussian-rope-phase megatron and --gaussian-rope-renorm rms are not computed with the frequencies of "
+            f"{rotary_name(args)}: leave them out."
+        )
     everywhere = tuple(range(1, args.num_layers + 1))
     skipped = layers_without_rope(args.no_rope_freq, args.num_layers)
     return Settings(

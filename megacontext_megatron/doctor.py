@@ -147,7 +147,8 @@ def turns(attention: Any) -> bool:
     settings = attention.config.settings
     device = torch.device(torch.cuda.current_device())
     start = torch.tensor([[0], [5 * settings.context.block_size]], device=device)
-    spans = SpanMetadata.of_nodes(start, torch.tensor([[0], [1]], device=device), settings.context.block_size)
+    level = torch.tensor([[0], [settings.context.max_level]], device=device)
+    spans = SpanMetadata.of_nodes(start, level, settings.context.block_size)
     groups, width = attention.num_query_groups_per_partition, settings.rotary.head_dim
     key = torch.ones(2, 1, groups, width, device=device)
     # what contextual frequencies read beside places
@@ -156,7 +157,7 @@ def turns(attention: Any) -> bool:
     with torch.no_grad():
         _, finished = attention.rotary(key, key, spans, *([hidden] if contextual else []))
     place_read = not torch.equal(finished[0], finished[1])
-    damped = bool(finished[1].norm() < finished[0].norm() * (1 - 1e-3))
+    damped = bool(finished[1].double().norm() < finished[0].double().norm() * (1 - 1e-5))
     expected = settings.gaussian.sigma != "none" and settings.gaussian.renorm == "none"
     return place_read and damped == expected
 

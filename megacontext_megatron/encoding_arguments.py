@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from megacontext_megatron.config import ConfigError, ContextConfig, RotaryConfig
 from megacontext_megatron.encoding_config import (
-    ADDITIVE_ENCODINGS,
     ROTARY_ENCODINGS,
-    AdditiveConfig,
-    BiasConfig,
     ClexConfig,
     FrequencyRule,
     GrapeMConfig,
@@ -22,7 +18,6 @@ from megacontext_megatron.encoding_config import (
     LongRopeRule,
     MultiscaleConfig,
     NtkRule,
-    RetrofitConfig,
     SectionRule,
     YarnRule,
 )
@@ -131,9 +126,18 @@ def _any(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
+def _refuse_idle_yarn(args: Namespace, rule: str | None) -> None:
+    """Refuse Megatron's own flags of YaRN where no YaRN reads them."""
+    for name in ("beta_fast", "beta_slow", "correction_range_round_to_int", "original_max_position_embeddings"):
+        known = ("yarn", "resonance_yarn") if name != "original_max_position_embeddings" else WITH_LENGTH
+        if args.mc_encoding is not None and getattr(args, f"yarn_{name}") is not None and rule not in known:
+            raise ConfigError(f"--yarn-{name.replace('_', '-')} has no effect without --position-embedding-type yarn.")
+
+
 def rotary_config(args: Namespace, context: ContextConfig) -> RotaryConfig:
     """Return the rotary frequencies of parsed arguments; raises ConfigError naming flags that do not fit."""
     name, rule = rotary_name(args), stretch_rule(args)
+    _refuse_idle_yarn(args, rule)
     by_name = None if rule is None else RULES.get(rule)
     made = None if by_name is None else by_name(args)
     by_layer = None if name is None else layer_frequencies(args, name)
@@ -144,6 +148,11 @@ def rotary_config(args: Namespace, context: ContextConfig) -> RotaryConfig:
         )
     if args.rope_stretch is not None and not args.rope_stretch >= 1.0:
         raise ConfigError(f"--rope-stretch {args.rope_stretch} must be at least 1.")
+    if isinstance(by_layer, ClexConfig) and context.source_length <= by_layer.original_length:
+        raise ConfigError(
+            f"--position-embedding-type clex has nothing to learn for {context.source_length} tokens of history: "
+            f"--rope-original-length {by_layer.original_length} must be less."
+        )
     depends = isinstance(made, LongRopeRule) or by_layer is not None or rule == "dynamic_ntk"
     config = RotaryConfig(
         head_dim=args.kv_channels,
@@ -177,6 +186,29 @@ def _check_pairs(config: RotaryConfig) -> None:
             raise ConfigError(f"--axial-axes {axes} must divide the {pairs} rotary pairs of a head.")
         case _:
             pass
+
+
+POSITIVE = (
+    *("rope_original_length", "yarn_beta_fast", "yarn_beta_slow", "llama3_low_factor", "llama3_high_factor"),
+    *("multiscale_low", "multiscale_high", "clex_hidden_factor", "clex_max_t", "axial_axes", "grapem_log_freq_scale"),
+    *("bias_slope_scale", "fire_hidden_size", "fire_length", "cope_positions", "slow_band_periods"),
+    *("sinusoidal_scale", "retrofit_lora_rank", "retrofit_lora_length"),
+)
+"""Flags whose numbers must be greater than 0."""
+
+
+def refuse_senseless_numbers(args: Namespace) -> None:
+    """Refuse numbers that no encoding can be computed with; raises ConfigError."""
+    for name in POSITIVE:
+        value = getattr(args, name)
+        numbers = value if isinstance(value, list) else [value]
+        if value is not None and not all(number > 0 for number in numbers):
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be greater than 0.")
+    if args.llama3_low_factor >= args.llama3_high_factor:
+        raise ConfigError(
+            f"--llama3-low-factor {args.llama3_low_factor} must be less than --llama3-high-factor "
+            f"{args.llama3_high_factor}."
+        )
 
 
 def _factor(args: Namespace) -> float:
@@ -276,110 +308,15 @@ def layer_frequencies(args: Namespace, name: str) -> LayerFrequencies | None:
 def _grapem(args: Namespace) -> GrapeMConfig:
     if args.grapem_per_head and args.grapem_share_across_heads:
         raise ConfigError("--grapem-per-head and --grapem-share-across-heads contradict: give one of them.")
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.grapem_per_head and groups % args.tensor_model_parallel_size:
+        raise ConfigError(
+            f"--grapem-per-head needs --num-query-groups {groups} to be a multiple of --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size}."
+        )
     return GrapeMConfig(
         learnable=args.grapem_learnable_freq,
         per_head=args.grapem_per_head,
         log_freq_scale=args.grapem_log_freq_scale,
         contextual=args.grapem_contextual,
-    )
-
-
-def bias_configs(args: Namespace, context: ContextConfig, windowed: tuple[int, ...]) -> tuple[BiasConfig, ...]:
-    """Return the score biases and their layers; `windowed` are the layers with a sliding window.
-
-    Raises ConfigError for what is not defined or does not run.
-    """
-    everywhere = tuple(range(1, args.num_layers + 1))
-    layers: dict[Any, tuple[int, ...]] = dict.fromkeys(args.position_bias, everywhere)
-    if args.grape_a:
-        if "grape-a" in layers:
-            raise ConfigError("--grape-a and --position-bias grape-a contradict: give one of them.")
-        layers["grape-a"] = tuple(layer for layer in everywhere if layer not in windowed)
-        if not layers["grape-a"]:
-            raise ConfigError("--grape-a puts its bias on layers without a window, and --window-size leaves none.")
-    if "slow-bands" in args.retrofit and "slow-bands" not in layers:
-        layers["slow-bands"] = everywhere
-    _check_biases(args, context, set(layers))
-    return tuple(
-        BiasConfig(
-            name=name,
-            layers=those,
-            learnable_slopes=args.grape_a_learnable,
-            gate=args.grape_a_gate,
-            slope_scale=args.bias_slope_scale,
-            t5_buckets=args.t5_num_buckets,
-            t5_max_distance=args.t5_max_distance,
-            fire_hidden=args.fire_hidden_size,
-            fire_layers=args.fire_num_layers,
-            fire_length=args.fire_length,
-            fire_shared=args.fire_shared,
-            cope_positions=args.cope_positions,
-            cope_count=args.cope_count or "entry",
-            periods=tuple(args.slow_band_periods),
-        )
-        for name, those in layers.items()
-    )
-
-
-def _check_biases(args: Namespace, context: ContextConfig, names: set[str]) -> None:
-    collapses = context.plan != "recency"
-    if "grape-ap" in names and collapses:
-        raise ConfigError("--position-bias grape-ap is not defined for gists: use --mc-plan recency.")
-    if "cope" in names and args.gaussian_rope_log_width_bias:
-        raise ConfigError(
-            "--position-bias cope reads queries as wide as values: leave --gaussian-rope-log-width-bias out."
-        )
-    if "cope" in names and collapses and args.cope_count is None:
-        raise ConfigError("--cope-count is needed where contexts collapse: whether a gist counts as one entry or wide.")
-    for name in sorted(names & {"cope", "grape-ap"}):
-        if args.context_parallel_size > 1:
-            raise ConfigError(
-                f"--position-bias {name} is not supported with --context-parallel-size {args.context_parallel_size}: "
-                "it adds up over all keys of a row."
-            )
-    if args.fire_shared and args.pipeline_model_parallel_size > 1:
-        raise ConfigError("--fire-shared is not supported with --pipeline-model-parallel-size: stages would differ.")
-    if args.bias_slope_scale <= 0:
-        raise ConfigError(f"--bias-slope-scale {args.bias_slope_scale} must be positive.")
-
-
-def additive_config(args: Namespace, context: ContextConfig) -> AdditiveConfig | None:
-    """Return the embedding of places that rows get, None for none; raises ConfigError for a table that is too short."""
-    if args.mc_encoding not in ADDITIVE_ENCODINGS:
-        return None
-    if args.mc_gist_span_head:
-        raise ConfigError(
-            f"--mc-gist-span-head moves places that --position-embedding-type {args.mc_encoding} has added to the rows "
-            "by then: use a rotary encoding."
-        )
-    length = args.max_position_embeddings or context.source_length
-    if args.mc_encoding == "learned_absolute" and length < context.source_length:
-        raise ConfigError(
-            f"--max-position-embeddings {length} is less than the {context.source_length} tokens of history, whose "
-            "places a learned table cannot extrapolate: raise it."
-        )
-    return AdditiveConfig(
-        name=args.mc_encoding,
-        length=length,
-        scale=args.sinusoidal_scale,
-        interpolate=args.learned_absolute_interpolate,
-    )
-
-
-def retrofit_config(args: Namespace) -> RetrofitConfig | None:
-    """Return what is added to a frozen base, None where nothing is frozen; raises ConfigError without a base."""
-    if not args.retrofit:
-        return None
-    if args.mc_encoding != "rope":
-        raise ConfigError("--retrofit adds to a base trained with rope: give --position-embedding-type rope.")
-    if not args.pretrained_checkpoint and not args.load:
-        raise ConfigError("--retrofit needs --pretrained-checkpoint, the base, or --load to go on with a retrofit.")
-    if ("stretch" in args.retrofit) != (args.rope_stretch is not None):
-        raise ConfigError("--retrofit stretch and --rope-stretch belong together: give both or neither.")
-    if args.retrofit_lora_rank < 1 or args.retrofit_lora_length < 1:
-        raise ConfigError("--retrofit-lora-rank and --retrofit-lora-length must be at least 1.")
-    return RetrofitConfig(
-        parts=tuple(dict.fromkeys(args.retrofit)),
-        lora_rank=args.retrofit_lora_rank,
-        lora_length=args.retrofit_lora_length,
     )

@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
 from megacontext_megatron.config import Settings
 from megacontext_megatron.encoding_config import BiasConfig
+from megacontext_megatron.position.heads import HeadShare
+from megacontext_megatron.position.layer_frequencies import layer_frequencies
 from megacontext_megatron.position.linear_biases import alibi_slopes
 from megacontext_megatron.position.wrapping import wrapping_line
 
@@ -15,17 +20,27 @@ FORGOTTEN = 20.0
 """Nats by which a bias has to lower a score for a row not to be seen."""
 
 
-def encoding_lines(settings: Settings, heads: int, num_layers: int) -> Iterator[str]:
+def encoding_lines(settings: Settings, heads: int, groups: int, num_layers: int) -> Iterator[str]:
     """Yield a line for rotary frequencies and one for each score bias; none where Megatron's own code runs."""
     if settings.gaussian is None:
         return
     length = settings.context.source_length
     if len(settings.no_rope_layers) < num_layers:
-        yield wrapping_line(dataclasses.replace(settings.rotary, length=length))
+        rotary = dataclasses.replace(settings.rotary, length=length)
+        yield wrapping_line(rotary, _first_frequencies(settings, heads, groups))
     for bias in settings.biases:
         yield f"score bias {bias.name} on {_layers(bias, num_layers)}{_reach(bias, heads, length)}"
     if settings.slopes_by_query(1):
         yield "score bias alibi-lora on layer 1, 0 at the start"
+
+
+def _first_frequencies(settings: Settings, heads: int, groups: int) -> Tensor | None:
+    """Return the frequencies, [groups, r], that layers find before they learn; None where the run fixes them."""
+    if settings.rotary.by_layer is None:
+        return None
+    share = HeadShare(heads=heads, groups=groups, width=settings.rotary.head_dim)
+    with torch.no_grad():
+        return layer_frequencies(settings.rotary, share, lambda value: value, 1)(torch.device("cpu"))
 
 
 def _layers(bias: BiasConfig, num_layers: int) -> str:

@@ -72,7 +72,7 @@ def inputs(args: argparse.Namespace, settings: Settings) -> dict[str, tuple[Cont
     """
     vocabulary = None if settings.gaussian is None else int(cast(Any, get_tokenizer()).vocab_size)
     plain = Measure(vocabulary=vocabulary)
-    contexts = contexts_to_evaluate(settings.context)
+    contexts = contexts_to_evaluate(settings)
     found = {name: (context, plain) for name, context in contexts.items()}
     if "mixed" in found:
         found["shuffled"] = contexts["mixed"], dataclasses.replace(plain, shuffled=True)
@@ -84,12 +84,16 @@ def inputs(args: argparse.Namespace, settings: Settings) -> dict[str, tuple[Cont
     return asked
 
 
-def contexts_to_evaluate(context: ContextConfig) -> dict[str, ContextConfig]:
+def contexts_to_evaluate(settings: Settings) -> dict[str, ContextConfig]:
     """Return the context of each input by name; a run without collapsed history has only one."""
+    context = settings.context
     if context.source_length == context.window:
         return {"recency": context}
     recency = dataclasses.replace(context, variants=1, plan="recency")
     full = dataclasses.replace(recency, window=context.source_length)
+    if any(bias.name == "grape-ap" for bias in settings.biases):
+        print("> no mixed contexts: --position-bias grape-ap is not defined for gists")
+        return {"recency": recency, "full": full}
     try:
         mixed = dataclasses.replace(recency, plan="random" if context.plan == "recency" else context.plan)
     except ConfigError as error:
@@ -101,7 +105,7 @@ def contexts_to_evaluate(context: ContextConfig) -> dict[str, ContextConfig]:
 def probed(measurer: Measurer, model: list[Any]) -> dict[str, Estimate]:
     """Return what probes of mixed contexts show, by metric; raises ConfigError where there are none."""
     args, settings = measurer.args, measurer.settings
-    mixed = contexts_to_evaluate(settings.context).get("mixed")
+    mixed = contexts_to_evaluate(settings).get("mixed")
     if mixed is None:
         raise ConfigError("--mc-eval-probes has no mixed contexts to probe: this checkpoint's rows are all tokens.")
     asked = measures(args, settings)

@@ -111,6 +111,8 @@ def parse(
     _announce_padding(args)
     check_teacher(args, settings)
     check_checkpoint(args)
+    if args.retrofit_adapters and args.skip_train:
+        raise ConfigError("--retrofit-adapters starts a training: evaluate the checkpoint of one.")
     if args.retrofit_adapters:
         check_adapters(args, Path(args.retrofit_adapters))
     set_global_variables(args, build_tokenizer=False)
@@ -328,7 +330,9 @@ class Run:
         if self._args.rank != 0 or self._printed:
             return
         self._printed = True
-        for line in encoding_lines(self._settings, self._args.num_attention_heads, self._args.num_layers):
+        args = self._args
+        groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+        for line in encoding_lines(self._settings, args.num_attention_heads, groups, args.num_layers):
             print(f"> {line}", flush=True)
         print("> layer | encoding | rotary | window | bias | core attention", flush=True)
         for row in self._args.mc_layers:

@@ -58,18 +58,16 @@ class SpanSelfAttention(SelfAttention):
             scale = self.config.softmax_scale or 1.0 / math.sqrt(settings.rotary.head_dim)
             self.log_width_bias = LogWidthBias(scale, self._sum_over_ranks)
         self.score_biases = torch.nn.ModuleDict(self._build_biases(settings))
-        if self.score_biases:
+        # Those of other layers among them, which are no submodules here.
+        self._biases = {name: cast(ScoreBias, bias) for name, bias in self.score_biases.items()}
+        if self._biases:
             cast(BiasedAttention, self.core_attention).attach(self._biases)
-
-    @property
-    def _biases(self) -> dict[str, ScoreBias]:
-        return {name: cast(ScoreBias, bias) for name, bias in self.score_biases.items()}
 
     def borrow_bias(self, name: str, lender: SpanSelfAttention) -> None:
         """Use another layer's bias instead of this layer's own, which is dropped with its parameters."""
-        biases = {**self._biases, name: lender._biases[name]}
+        self._biases = {**self._biases, name: lender._biases[name]}
         del self.score_biases[name]
-        cast(BiasedAttention, self.core_attention).attach(biases)
+        cast(BiasedAttention, self.core_attention).attach(self._biases)
 
     @property
     def _share(self) -> HeadShare:
@@ -139,7 +137,7 @@ class SpanSelfAttention(SelfAttention):
         if not is_carrier(rotary_pos_emb):
             raise RuntimeError(f"layer {self.layer_number} received no span metadata, so it has no positions")
         self._carrier, self._row_tensors = rotary_pos_emb, {}
-        if self.score_biases:
+        if self._biases:
             # Filled while queries and keys are made, and read by core attention.
             kwargs["attention_bias"] = self._row_tensors
         try:
@@ -172,7 +170,7 @@ class SpanSelfAttention(SelfAttention):
         query, key, *rest = tensors
         self._check_rows(query, carrier)
         spans = SpanMetadata.unpack(carrier)
-        if self.score_biases:
+        if self._biases:
             self._row_tensors.update(self._bias_tensors(hidden, query, key, spans))
         if isinstance(self.rotary, TableRotary):
             query, key = self.rotary(query, key, spans, self._read_by_steps(hidden))
@@ -210,7 +208,7 @@ class SpanSelfAttention(SelfAttention):
     @property
     def _splits_fused(self) -> bool:
         """Whether one launch splits, norms and rotates: a kernel, and heads that are not normed or by RMS."""
-        fused = self.config.settings.backend == "triton" and self.rotary is not None and not self.score_biases
+        fused = self.config.settings.backend == "triton" and self.rotary is not None and not self._biases
         return fused and (self.q_layernorm is None or self.config.normalization == "RMSNorm")
 
     def _split_fused(self, hidden_states: Tensor, carrier: Tensor) -> tuple[Tensor, ...]:

@@ -69,7 +69,7 @@ class LearnedAbsolute(torch.nn.Module):
         self.weight = torch.nn.Parameter(drawn)
         self._interpolate = config.interpolate
         self._block_size = context.block_size
-        self._max_level = 0 if context.plan == "recency" else context.max_level
+        self._max_level = context.max_level if context.source_length > context.window else 0
 
     def forward(self, rows: Tensor, spans: SpanMetadata, sigma: Tensor) -> Tensor:
         """Return rows plus their encoding; see AdditiveEncoding.  The spread is not read.

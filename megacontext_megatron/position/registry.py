@@ -50,8 +50,10 @@ PROOFS = {
     "contextual": "tests/full/test_encoding_layouts.py (grapem, contextual)",
     "additive": "tests/full/test_encoding_layouts.py (learned_absolute)",
     "bias": "tests/full/test_encoding_layouts.py (six biases at once)",
-    "row scan": "tests/full/test_encoding_layouts.py (cope and grape-ap)",
-    "none": "tests/full/test_encoding_layouts.py (six biases at once, without rotary)",
+    "row scan": "tests/full/test_encoding_layouts.py (cope)",
+    "paths": "tests/full/test_encoding_layouts.py (grape-ap on tokens)",
+    "retrofit": "tests/integration/test_retrofit.py, tests/full/test_retrofit_layouts.py",
+    "none": "tests/full/test_encoding_layouts.py (fire and grape-a without rotary)",
     "Megatron": "tests/integration/test_identity.py (rope in one process)",
 }
 """The tests behind the cells of each mechanism, over layouts.  What each computes is in tests/unit; refusals are in
@@ -88,10 +90,17 @@ def _rotary(name: str, mechanism: str, *more: str) -> Encoding:
     return Encoding(name=name, mechanism=mechanism, supported=_LAYOUTS | {"spans", *more}, backends=_ROTATED)
 
 
-def _bias(name: str, *, mechanism: str = "bias", refused: frozenset[str] = frozenset()) -> Encoding:
-    supported = (_LAYOUTS | {"spans", "distributed optimizer"}) - refused
+def _bias(
+    name: str,
+    *,
+    mechanism: str = "bias",
+    refused: frozenset[str] = frozenset(),
+    untested: frozenset[str] = frozenset(),
+) -> Encoding:
+    supported = (_LAYOUTS | {"spans", "distributed optimizer"}) - refused - untested
+    backends = _BIASED[:1] if "context parallel" in refused else _BIASED
     refused = refused | _ALWAYS_REFUSED | {"FP8 linear layers"}
-    return Encoding(name=name, mechanism=mechanism, supported=supported, refused=refused, backends=_BIASED)
+    return Encoding(name=name, mechanism=mechanism, supported=supported, refused=refused, backends=backends)
 
 
 def _additive(name: str) -> Encoding:
@@ -117,7 +126,12 @@ ENTRIES = (
     ),
     _additive("sinusoidal"),
     _additive("learned_absolute"),
-    Encoding(name="none", mechanism="none", supported=_LAYOUTS | {"spans"}, backends=_ROTATED),
+    Encoding(
+        name="none",
+        mechanism="none",
+        supported=_LAYOUTS - {"pipeline, virtual stages"} | {"spans"},
+        backends=_ROTATED,
+    ),
     *(
         Encoding(
             name=f"{name}, Megatron's",
@@ -134,9 +148,24 @@ ENTRIES = (
 
 BIAS_ENTRIES = (
     *(_bias(name) for name in ("alibi", "grape-a", "t5", "fire", "fox", "slow-bands")),
-    _bias("cope", mechanism="row scan", refused=frozenset({"context parallel"})),
-    _bias("grape-ap", mechanism="row scan", refused=frozenset({"context parallel", "spans"})),
-    _bias("alibi-lora"),
+    _bias(
+        "cope",
+        mechanism="row scan",
+        refused=frozenset({"context parallel"}),
+        untested=frozenset({"distributed optimizer"}),
+    ),
+    _bias(
+        "grape-ap",
+        mechanism="paths",
+        refused=frozenset({"context parallel", "spans"}),
+        untested=_LAYOUTS - {"tensor parallel", "sequence parallel", "recompute"} | {"distributed optimizer"},
+    ),
+    _bias(
+        "alibi-lora",
+        mechanism="retrofit",
+        refused=frozenset({"distributed optimizer"}),
+        untested=frozenset({"context parallel", "spans"}),
+    ),
 )
 """What `--position-bias` takes, and the bias of `--retrofit alibi-lora`."""
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megacontext_megatron.config import ConfigError
-from megacontext_megatron.encoding_flags import AdditiveFlags, BiasFlags, GrapeFlags, RetrofitFlags, RotaryFlags
+from megacontext_megatron.encoding_flags import AdditiveFlags, BiasFlags, GrapeFlags, RotaryFlags
+from megacontext_megatron.retrofit.encoding_parameters import encoding_defaults, encoding_parameters
 
 Namespace = argparse.Namespace
 
@@ -22,6 +23,11 @@ ROTARY_SETTINGS = (
     "use_rope_scaling",
     "rope_scaling_factor",
     "no_rope_freq",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
+    "yarn_original_max_position_embeddings",
+    "mrope_section",
 )
 PATTERN_SETTINGS = ("window_size", "window_attn_skip_freq")
 GAUSSIAN_SETTINGS = (
@@ -105,12 +111,6 @@ NOT_THE_FUNCTION = (
 """Prefixes of transformer settings that change how a model is run rather than what it computes."""
 RESUME_SETTINGS = ("megacontext", "mc_variants", "mc_source_length", "seq_length")
 """Fixed for a run that continues another's data order; free for one that only takes its weights."""
-PARAMETER_SETTINGS = (
-    *("gaussian_rope_base", "grapem_learnable_freq", "grapem_per_head", "grapem_contextual", "clex_hidden_factor"),
-    *("position_bias", "grape_a", "grape_a_gate", "grape_a_learnable", "t5_num_buckets", "fire_hidden_size"),
-    *("fire_num_layers", "fire_shared", "cope_positions", "slow_band_periods", "retrofit"),
-)
-"""Of an encoding: what its parameters are made for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +225,8 @@ def restore_settings(args: Namespace, more: Sequence[str], typed: Mapping[str, A
     if typed.get("mc_gist_kind") != "mean":
         names |= set(GIST_SETTINGS)
     names |= function_arguments(args) | set(more)
-    if "mc_encoding" not in typed and "position_embedding_type" not in typed:
+    was = getattr(saved.args, "mc_encoding", None)
+    if "mc_encoding" not in typed and typed.get("position_embedding_type", was) == was:
         names.add("mc_encoding")
     for name in names:
         if hasattr(saved.args, name):
@@ -255,7 +256,7 @@ def differences(args: Namespace, saved: SavedRun, *, resumes: bool) -> list[Diff
     else:
         found = []
         shared = (*ROTARY_SETTINGS, *PATTERN_SETTINGS)
-        if args.mc_encoding is not None:
+        if args.mc_encoding is not None or getattr(saved.args, "mc_encoding", None) is not None:
             shared += (*GAUSSIAN_SETTINGS, *ENCODING_SETTINGS)
     if args.megacontext and getattr(saved.args, "megacontext", False):
         shared += (*CONTEXT_SETTINGS, *GIST_SETTINGS)
@@ -272,8 +273,6 @@ def misfits(args: Namespace, saved: SavedRun) -> list[Difference]:
     if starts_retrofit(args):
         # What a retrofit adds is what its base does not have.
         return _compared(args, saved, names)
-    if args.mc_encoding is not None:
-        names += PARAMETER_SETTINGS
     if args.mc_encoding is not None and args.gaussian_rope_learnable_sigma != "none":
         names += ("gaussian_rope_learnable_sigma", "no_rope_freq")
         names += ("mc_max_level",) if args.gaussian_rope_learnable_sigma != "layer" else ()
@@ -282,13 +281,24 @@ def misfits(args: Namespace, saved: SavedRun) -> list[Difference]:
     if args.mc_gist_kind == "gistnet":
         # GistNet has a weight for each place of a block.
         names += (*GIST_SETTINGS, "mc_block_size")
-    return _compared(args, saved, names)
+    return [*_compared(args, saved, names), *_absent(args, saved)]
+
+
+def _absent(args: Namespace, saved: SavedRun) -> list[Difference]:
+    """Return what a run's encoding needs parameters for, and the checkpoint has none or others for."""
+    asked = encoding_parameters(args)
+    known = encoding_parameters(argparse.Namespace(**{**encoding_defaults(), **vars(saved.args)}))
+    return [
+        Difference(name=name, saved=known.get(name), asked=value)
+        for name, value in asked.items()
+        if value != known.get(name)
+    ]
 
 
 def _compared(args: Namespace, saved: SavedRun, names: Sequence[str]) -> list[Difference]:
     """Return the differences in settings that the checkpoint records, and in the plugin's where it has none of them."""
     own = {
-        **_encoding_defaults(),
+        **encoding_defaults(),
         "gaussian_rope_learnable_sigma": "none",
         "gaussian_rope_log_width_bias": False,
         "mc_gist_kind": "mean",
@@ -297,16 +307,10 @@ def _compared(args: Namespace, saved: SavedRun, names: Sequence[str]) -> list[Di
     missing = object()
     found = []
     for name in names:
-        was, now = getattr(saved.args, name, own.get(name, missing)), getattr(args, name, None)
+        was, now = _read(saved.args, name, own.get(name, missing)), _read(args, name, None)
         if was is not missing and _comparable(was) != _comparable(now):
             found.append(Difference(name=name, saved=was, asked=now))
     return found
-
-
-def _encoding_defaults() -> dict[str, Any]:
-    """Return what the flags of encodings were where a checkpoint is older than they are."""
-    groups = (RotaryFlags(), GrapeFlags(), BiasFlags(), AdditiveFlags(), RetrofitFlags())
-    return {field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group)}
 
 
 def starts_retrofit(args: Namespace) -> bool:
@@ -315,8 +319,31 @@ def starts_retrofit(args: Namespace) -> bool:
     return bool(args.retrofit) and fresh
 
 
+def _read(args: Namespace, name: str, default: Any) -> Any:
+    """Return an argument, and where heads are not grouped as many query groups as heads: Megatron sets that late."""
+    if name == "num_query_groups" and hasattr(args, name) and not getattr(args, "group_query_attention", False):
+        return args.num_attention_heads
+    return getattr(args, name, default)
+
+
 def _comparable(value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return frozenset(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _check_base(args: Namespace, saved: SavedRun) -> None:
+    """Refuse to retrofit what has parameters of the plugin already: a retrofit would start them anew."""
+    was = argparse.Namespace(**{**encoding_defaults(), **vars(saved.args)})
+    held = [f"--{name.replace('_', '-')}" for name in encoding_parameters(was)]
+    for name, plain in (("gaussian_rope_learnable_sigma", "none"), ("gaussian_rope_log_width_bias", False)):
+        held += [f"--{name.replace('_', '-')}"] if getattr(was, name, plain) != plain else []
+    held += ["--mc-gist-kind gistnet"] if getattr(was, "mc_gist_kind", "mean") == "gistnet" else []
+    if held:
+        raise ConfigError(
+            f"--retrofit needs a base without parameters of the plugin, and {saved.path} was trained with "
+            f"{', '.join(held)}: go on with it by --load, or --finetune it."
+        )
 
 
 def check_checkpoint(args: Namespace) -> None:
@@ -335,6 +362,8 @@ def check_checkpoint(args: Namespace) -> None:
             "with --tensor-model-parallel-size, so choose --vocab-size and --make-vocab-size-divisible-by such that "
             f"--make-vocab-size-divisible-by times every --tensor-model-parallel-size divides {was}."
         )
+    if starts_retrofit(args):
+        _check_base(args, saved)
     fresh = args.finetune or args.load is None or checkpoint_path(args.load, args.ckpt_step) is None
     unfit = misfits(args, saved)
     found = [each for each in differences(args, saved, resumes=not fresh) if each not in unfit]

@@ -26,19 +26,19 @@ Namespace = argparse.Namespace
 
 def measures(args: Namespace, settings: Settings) -> dict[str, Measure]:
     """Return the interventions by the name of their metric."""
-    permuted = names.PERMUTED if masks_by_place(args) else names.PERMUTED_ROW_CAUSAL
+    permuted = names.PERMUTED if masks_by_place(args, settings) else names.PERMUTED_ROW_CAUSAL
     found = {names.SHUFFLED.at(): Measure(shuffled=True), permuted.at(): Measure(permuted=True)}
     if settings.gaussian is not None and settings.gaussian.sigma != "none":
         found |= {names.BLUR.at(factor=f"{factor:g}"): Measure(sigma_factor=factor) for factor in BLUR_FACTORS}
     return found
 
 
-def masks_by_place(args: Namespace) -> bool:
+def masks_by_place(args: Namespace, settings: Settings) -> bool:
     """Return whether attention takes a mask that compares places: Megatron's dense one, without windows or fusion."""
     fused = args.masked_softmax_fusion and (args.fp16 or args.bf16)
-    return (
-        args.transformer_impl == "local" and args.context_parallel_size == 1 and args.window_size is None and not fused
-    )
+    biased = any(settings.biased(layer) for layer in range(1, args.num_layers + 1))
+    whole = args.context_parallel_size == 1 and args.window_size is None
+    return args.transformer_impl == "local" and whole and not fused and not biased
 
 
 def paired(

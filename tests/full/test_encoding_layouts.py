@@ -9,12 +9,14 @@ import pytest
 
 from tests import recording
 from tests.corpus import write_corpus
-from tests.launch import call
+from tests.launch import call, train
 from tests.parity import (
     CLEARLY,
     CP,
     DIST_OPT,
     FULL_RECOMPUTE,
+    GRAD_NORM_TOLERANCE,
+    LOSS_TOLERANCE,
     MIXED,
     ONE,
     SELECTIVE_RECOMPUTE,
@@ -24,6 +26,7 @@ from tests.parity import (
     Layout,
     References,
 )
+from tests.tiny import tiny_flags
 
 pytestmark = pytest.mark.full
 
@@ -57,6 +60,8 @@ FAMILIES: dict[str, Flags] = {
     "additive, row scan": MIXED
     | {"position_embedding_type": "learned_absolute", "position_bias": ["cope"], "cope_count": "width"},
     "additive": MIXED | {"position_embedding_type": "learned_absolute"},
+    "shared": MIXED | {"position_embedding_type": "rope", "gaussian_rope_learnable_sigma": None}
+    | {"position_bias": ["fire"], "fire_shared": True},
     "unrotated, shared": MIXED
     | {"position_embedding_type": "none", "position_bias": ["fire", "grape-a"], "fire_shared": True},
 }  # fmt: skip
@@ -80,6 +85,7 @@ LEFT_OUT = {
     *(("clex", way) for way in ("selective recompute", "CP2")),
     *(("additive", way) for way in WAYS if way not in ("CP2", "DP2, distributed optimizer")),
     *(("additive, row scan", way) for way in ("DP2, distributed optimizer",)),
+    *(("shared", way) for way in WAYS if way != "TP2+SP"),
     *(("unrotated, shared", way) for way in ("DP2, distributed optimizer", "selective recompute")),
 }
 LAYOUTS = tuple(
@@ -148,3 +154,16 @@ def test_setting_is_worth_comparing(encodings: References, tmp_path: Path, famil
     """A layout that ignored one of a family's settings would not agree."""
     layout = Layout(name=f"{family} without {', '.join(without)}", family=family, flags=without)
     assert encodings.compared(layout, tmp_path, steps=2).excess() > CLEARLY
+
+
+@pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE, SELECTIVE_RECOMPUTE], ids=["none", "full", "selective"])
+def test_paths_agree_with_one_process_on_tokens(encodings: References, tmp_path: Path, recompute: Flags) -> None:
+    """Path integrals are not defined for gists, so no family has them."""
+    flags = {"position_embedding_type": "none", "position_bias": ["grape-ap"], "global_batch_size": 4}
+    values = {**flags, **encodings.data(), "train_iters": 4}
+    alone, split = (
+        train(tiny_flags(strong=True, **values, **more), ranks, workdir=tmp_path / str(ranks)).check()
+        for ranks, more in ((1, {}), (2, {**TP_SP, **recompute}))
+    )
+    assert split.losses == pytest.approx(alone.losses, rel=LOSS_TOLERANCE)
+    assert split.grad_norms == pytest.approx(alone.grad_norms, rel=GRAD_NORM_TOLERANCE)

@@ -33,7 +33,7 @@ class Runs:
         call(write_corpus, {"prefix": str(folder / "text")}, workdir=folder).check()
         self.folder = folder
         self.base = folder / "base"
-        self.train("base-run", **ROPE, train_iters=2, save=self.base, save_interval=2)
+        self.train("base-run", **{**ROPE, "train_iters": 2, "save": self.base, "save_interval": 2})
 
     def train(self, name: str, ranks: int = 1, before: Any = recording.logits, **flags: Any) -> TrainResult:
         """Train and record the logits."""

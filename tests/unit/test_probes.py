@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megacontext_megatron.config import ConfigError, ContextConfig, RotaryConfig, Settings, WatchConfig
+from megacontext_megatron.encoding_config import BiasConfig
 from megacontext_megatron.evaluation import ratio
 from megacontext_megatron.model.measures import far_permutation, predictions
 from megacontext_megatron.telemetry.probes import check_probes, masks_by_place, micro_batch_size
@@ -111,6 +113,7 @@ def arguments(**changed: Any) -> argparse.Namespace:
         "transformer_impl": "local",
         "context_parallel_size": 1,
         "window_size": None,
+        "num_layers": 2,
     }
     return argparse.Namespace(**{**values, **changed})
 
@@ -153,7 +156,13 @@ def test_too_few_samples_are_refused(changed: dict[str, Any]):
     ],
 )
 def test_a_mask_by_places_needs_dense_attention(changed: dict[str, Any], expected: bool):
-    assert masks_by_place(arguments(**changed)) is expected
+    assert masks_by_place(arguments(**changed), settings(10)) is expected
+
+
+def test_a_mask_by_places_needs_scores_without_biases():
+    biased = replace(settings(10), biases=(BiasConfig(name="alibi", layers=(2,)),))
+    assert not masks_by_place(arguments(num_layers=2), biased)
+    assert masks_by_place(arguments(num_layers=1), biased)
 
 
 def settings(interval: int, plan: Any = "random") -> Settings:
