@@ -160,7 +160,10 @@ def test_setting_is_worth_comparing(encodings: References, tmp_path: Path, famil
 def test_paths_agree_with_one_process_on_tokens(encodings: References, tmp_path: Path, recompute: Flags) -> None:
     """Path integrals are not defined for gists, so no family has them."""
     flags = {"position_embedding_type": "none", "position_bias": ["grape-ap"], "global_batch_size": 4}
-    values = {**flags, **encodings.data(), "train_iters": 4}
+    values = {**flags, **encodings.data(), "train_iters": 1}
+    first = {"save": tmp_path / "saved", "save_interval": 1, "no_save_optim": True}
+    train(tiny_flags(strong=True, **values, **first), workdir=tmp_path / "first").check()
+    values |= {"load": tmp_path / "saved", "finetune": True, "train_iters": 4}
     alone, split = (
         train(tiny_flags(strong=True, **values, **more), ranks, workdir=tmp_path / str(ranks)).check()
         for ranks, more in ((1, {}), (2, {**TP_SP, **recompute}))
