@@ -92,6 +92,7 @@ WITH_SPANS = [
     ["--mc-backend", "triton"],
     ["--cpu-offloading-num-layers", "1"],
     ["--te-precision-config-file", "precision.yaml"],
+    ["--use-distributed-optimizer", "--retrofit", "slow-bands"],
 ]
 ON_TE = {"cpu": None, "transformer_impl": "transformer_engine", "bf16": True}
 CP = ["--context-parallel-size", "2"]
@@ -108,6 +109,17 @@ WITH_TE = {
         "--gaussian-rope-phase",
     ),
     "a wider key": ({}, ["--gaussian-rope-log-width-bias"], "--transformer-impl transformer_engine"),
+    "a bias on scores": ({}, ["--position-bias", "alibi"], "--transformer-impl local alone"),
+    "steps behind a norm": (
+        {"gaussian_rope_learnable_sigma": None},
+        ["--grapem-contextual", "--position-embedding-type", "grapem"],
+        "add --transformer-impl local",
+    ),
+    "sums over rows without an order": (
+        {"transformer_impl": "local"},
+        ["--deterministic-mode", "--position-bias", "fox"],
+        "no deterministic kernel",
+    ),
     "4 bits": ({}, ["--fp4-format", "e2m1"]),
     "rows of one rank": ({}, ["--attention-backend", "unfused", *CP], "--context-parallel-size"),
     "no such exchange": ({}, ["--cp-comm-type", "ring", *CP], "p2p, a2a, all_gather, a2a+p2p"),
