@@ -32,13 +32,21 @@ command = words[words.index("bash"):]
 with open(record, "a") as stream:
     stream.write("\\t".join(words[: words.index("bash")]) + "\\n")
 group = "SIGNAL_GROUP" in os.environ
+# each node's lines stay whole
+said = [open(f"{record}.{node}", "w+") for node in range(nodes)]
 tasks = [
-    subprocess.Popen(command, env={**os.environ, "SLURM_NODEID": str(node)}, start_new_session=group)
-    for node in range(nodes)
+    subprocess.Popen(
+        command, env={**os.environ, "SLURM_NODEID": str(node)}, start_new_session=group, stdout=out, stderr=out
+    )
+    for node, out in enumerate(said)
 ]
 send = os.killpg if group else os.kill
 signal.signal(signal.SIGUSR1, lambda *_: [send(task.pid, signal.SIGUSR1) for task in tasks])
-sys.exit(max(task.wait() for task in tasks))
+code = max(task.wait() for task in tasks)
+for out in said:
+    out.seek(0)
+    sys.stdout.write(out.read())
+sys.exit(code)
 """
 SCONTROL = """
 import os, sys
