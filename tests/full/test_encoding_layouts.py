@@ -31,7 +31,7 @@ from tests.tiny import tiny_flags
 pytestmark = pytest.mark.full
 
 STEPS = 8
-FEWER_STEPS = {"contextual": 4, "clex": 2}
+FEWER_STEPS = {"contextual": 2, "clex": 2}
 """Places that follow from what rows hold, and frequencies that a network moves, make the rounding of a step grow many
 times in the next: pipelines, in which no sum is made otherwise, part from one process as fast."""
 
