@@ -7,10 +7,10 @@ import dataclasses
 import math
 from importlib.util import find_spec
 
-from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megacontext_megatron.bias_arguments import additive_config, bias_configs, retrofit_config
+from megacontext_megatron.attention_arguments import attention_config, windowed_layers
+from megacontext_megatron.bias_arguments import additive_config, bias_configs, check_fold, retrofit_config
 from megacontext_megatron.config import (
     ENCODINGS,
     STOCK_ENCODINGS,
@@ -236,14 +236,6 @@ def layers_without_rope(no_rope_freq: int | list[int] | None, num_layers: int) -
     return tuple(layer for layer, skipped in enumerate(no_rope_freq, start=1) if skipped)
 
 
-def windowed_layers(args: Namespace) -> tuple[int, ...]:
-    """Return the layers, counted from 1, that attend within a sliding window."""
-    size, skip = args.window_size, args.window_attn_skip_freq
-    return tuple(
-        layer for layer in range(1, args.num_layers + 1) if size and is_layer_window_attention(size, skip, layer)
-    )
-
-
 def settings_from(args: Namespace) -> Settings:
     """Return the settings of arguments that Megatron has validated; raises ConfigError naming flags that do not fit."""
     context = context_config(args)
@@ -256,12 +248,15 @@ def settings_from(args: Namespace) -> Settings:
         )
     everywhere = tuple(range(1, args.num_layers + 1))
     skipped = layers_without_rope(args.no_rope_freq, args.num_layers)
+    unrotated = everywhere if gaussian is not None and rotary_name(args) is None else skipped
+    biases = bias_configs(args, context, windowed_layers(args))
+    check_fold(args, context, biases, unrotated)
     return Settings(
         encoding=args.mc_encoding or args.position_embedding_type,
         rotary=rotary,
         context=context,
         gaussian=gaussian,
-        biases=bias_configs(args, context, windowed_layers(args)),
+        biases=biases,
         additive=additive_config(args, context),
         retrofit=retrofit_config(args),
         gist=gist_config(args),
@@ -272,7 +267,9 @@ def settings_from(args: Namespace) -> Settings:
         megacontext=args.megacontext,
         seed=args.seed,
         backend=rotary_backend(args, gaussian, rotary),
-        no_rope_layers=everywhere if gaussian is not None and rotary_name(args) is None else skipped,
+        no_rope_layers=unrotated,
+        bias_fold=args.bias_fold,
+        attention=attention_config(args, biases),
     )
 
 

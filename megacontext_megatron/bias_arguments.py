@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from megacontext_megatron.config import ConfigError, ContextConfig
-from megacontext_megatron.encoding_config import ADDITIVE_ENCODINGS, AdditiveConfig, BiasConfig, RetrofitConfig
+from megacontext_megatron.encoding_config import (
+    ADDITIVE_ENCODINGS,
+    SPARE_CHANNELS,
+    AdditiveConfig,
+    BiasConfig,
+    RetrofitConfig,
+)
+from megacontext_megatron.position.linear_biases import alibi_slopes
 from megacontext_megatron.position.table_biases import t5_buckets
 
 Namespace = argparse.Namespace
@@ -69,6 +77,60 @@ def _check_biases(args: Namespace, context: ContextConfig, names: set[str]) -> N
         raise ConfigError("--fire-shared is not supported with --pipeline-model-parallel-size: stages would differ.")
     if "t5" in names:
         t5_buckets(args.t5_num_buckets, args.t5_max_distance)
+
+
+FOLDED_NATS = 2.0**14
+"""Greatest score that a folded bias may make: the tensor cores' fp32 sums round it by about 2e-3."""
+FOLDED_HEAD_DIM = 16
+"""Least channels of a head of which the spare ones may be part."""
+
+
+def check_fold(
+    args: Namespace, context: ContextConfig, biases: Sequence[BiasConfig], unrotated: Collection[int]
+) -> None:
+    """Refuse a --bias-fold that spare channels cannot carry; `unrotated` are the layers without rotary.
+
+    Raises ConfigError.
+    """
+    if not args.bias_fold:
+        return
+    linear = [bias for bias in biases if bias.linear]
+    gated = [bias for bias in biases if bias.name == "grape-a" and not bias.linear]
+    if gated:
+        raise ConfigError(
+            f"--bias-fold is not supported with --grape-a-gate {gated[0].gate}: a gate of keys differs between the "
+            "query heads that share them; gate queries (q) or nothing."
+        )
+    layers = {layer for bias in linear for layer in bias.layers}
+    turned = sorted(layers - set(unrotated))
+    if turned:
+        raise ConfigError(
+            f"--bias-fold needs layers without rotary, and {_numbered(turned)} would rotate the channels it writes: "
+            "name them in --no-rope-freq, or put the bias on others by --grape-a and --window-size."
+        )
+    for bias in biases:
+        both = sorted(layers & set(bias.layers))
+        if not bias.linear and both:
+            raise ConfigError(
+                f"--bias-fold is not supported with --position-bias {bias.name}, which is not linear in the distance, "
+                f"on {_numbered(both)}: leave one of them out."
+            )
+    if args.kv_channels < FOLDED_HEAD_DIM:
+        raise ConfigError(
+            f"--bias-fold takes {SPARE_CHANNELS} channels of each head, and --kv-channels {args.kv_channels} leaves "
+            f"too few for content: give {FOLDED_HEAD_DIM} or more."
+        )
+    steepest = max(alibi_slopes(args.num_attention_heads)) * sum(bias.slope_scale for bias in linear)
+    if steepest * context.source_length / 2 > FOLDED_NATS:
+        raise ConfigError(
+            f"--bias-fold over {context.source_length} tokens of history makes scores of "
+            f"{steepest * context.source_length / 2:.0f} nats, of more than {FOLDED_NATS:.0f}, whose rounding shows: "
+            "lower --bias-slope-scale."
+        )
+
+
+def _numbered(layers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
 
 
 def additive_config(args: Namespace, context: ContextConfig) -> AdditiveConfig | None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megacontext_megatron.attention_config import AttentionConfig
 from megacontext_megatron.encoding_config import (
     ADDITIVE_ENCODINGS,
     ROTARY_ENCODINGS,
@@ -372,9 +373,17 @@ class Settings:
     no_rope_layers: tuple[int, ...] = field(default=())
     """Layer numbers, counted from 1, on which rotary is off."""
 
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    bias_fold: bool = False
+    """Whether linear biases travel in the last channels of queries and keys, which carry no content then."""
+
     def biases_of(self, layer: int) -> tuple[BiasConfig, ...]:
         """Return the score biases of a layer, counted from 1."""
         return tuple(bias for bias in self.biases if layer in bias.layers)
+
+    def folded(self, layer: int) -> bool:
+        """Return whether the last channels of a layer's queries and keys, counted from 1, are spare for its biases."""
+        return self.bias_fold and any(bias.linear for bias in self.biases_of(layer))
 
     def slopes_by_query(self, layer: int) -> bool:
         """Return whether a layer, counted from 1, carries the slopes that a retrofit draws from queries."""

@@ -132,8 +132,18 @@ def _missing(attention: Any, settings: Settings) -> Iterator[str]:
         yield "--gaussian-rope-log-width-bias"
     wanted = [str(bias.name) for bias in settings.biases_of(attention.layer_number)]
     wanted += ["alibi-lora"] if settings.slopes_by_query(attention.layer_number) else []
-    added = getattr(attention.core_attention, "_biases", {})
-    yield from (f"--position-bias {name}" for name in wanted if name not in added)
+    yield from (f"--position-bias {name}" for name in wanted if name not in _carried(attention))
+
+
+def _carried(attention: Any) -> Any:
+    """Return the biases that reach the scores of a layer, by name."""
+    from megacontext_megatron.attention.biased_attention import BiasedAttention
+    from megacontext_megatron.attention.kernel_attention import KernelAttention
+
+    core = attention.core_attention
+    if isinstance(core, BiasedAttention):
+        return core._biases
+    return attention._biases if attention._fold is not None or isinstance(core, KernelAttention) else {}
 
 
 def turns(attention: Any) -> bool:

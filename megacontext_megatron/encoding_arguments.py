@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from megacontext_megatron.config import ConfigError, ContextConfig, RotaryConfig
 from megacontext_megatron.encoding_config import (
+    LINEAR_BIASES,
     ROTARY_ENCODINGS,
     ClexConfig,
     FrequencyRule,
@@ -107,6 +108,10 @@ def _other_readers(args: Namespace) -> dict[str, Reader]:
         "grape_a_gate": bias("grape-a"),
         "grape_a_learnable": bias("grape-a"),
         "bias_slope_scale": sloped,
+        "bias_fold": (
+            bool(biases & LINEAR_BIASES),
+            "a bias that is linear: --grape-a, --position-bias alibi or grape-a",
+        ),
         **{f"t5_{field}": bias("t5") for field in ("num_buckets", "max_distance")},
         **{f"fire_{field}": bias("fire") for field in ("hidden_size", "num_layers", "length", "shared")},
         **{f"cope_{field}": bias("cope") for field in ("positions", "count")},

@@ -11,6 +11,12 @@ LongRopeSet = Literal["by-length", "long", "short"]
 AdditiveName = Literal["sinusoidal", "learned_absolute"]
 RetrofitName = Literal["stretch", "damping", "alibi-lora", "slow-bands"]
 
+LINEAR_BIASES: frozenset[BiasName] = frozenset({"alibi", "grape-a"})
+"""Biases that can be linear in the distance; grape-a is, unless keys gate it."""
+
+SPARE_CHANNELS = 4
+"""Last channels of each head's queries and keys that carry no content where a layer's linear biases are folded."""
+
 BIASES: tuple[BiasName, ...] = ("alibi", "t5", "fire", "cope", "grape-a", "grape-ap", "fox", "slow-bands")
 ROTARY_ENCODINGS = (
     *("rope", "linear", "ntk", "dynamic_ntk", "yarn", "longrope", "llama3", "resonance", "resonance_yarn"),
@@ -156,6 +162,11 @@ class BiasConfig:
     cope_positions: int = 64
     cope_count: Literal["entry", "width"] = "entry"
     periods: tuple[float, ...] = (1e6, 1e7, 1e8, 1e9)
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is -m (mu_q - mu_k) with an m that does not depend on the key."""
+        return self.name in LINEAR_BIASES and (self.name != "grape-a" or self.gate in ("none", "q"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

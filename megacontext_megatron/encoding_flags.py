@@ -149,6 +149,10 @@ class BiasFlags:
     """Factor on the slopes of alibi, grape-a and grape-ap: gists at a distance of more than a few hundred tokens over
     it are not seen by the steepest heads."""
 
+    bias_fold: bool = False
+    """On layers without rotary, linear biases (alibi, grape-a) travel in the last 4 channels of queries and keys, which
+    carry no content then, so that every attention backend has them at its full speed."""
+
     t5_num_buckets: int = 32
     """t5: buckets of distances."""
 

@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megacontext_megatron.attention_config import GlobalBackend, WindowBackend
 from megacontext_megatron.config import (
     EodPolicy,
     GistKind,
@@ -190,6 +191,18 @@ class RunningFlags:
     mc_backend: Literal["auto", "triton", "torch"] = "auto"
     """What rotates queries and keys by their spans: the fused kernel (triton), plain PyTorch (torch), or the kernel
     on a GPU where it covers the options (auto)."""
+
+    mc_window_backend: WindowBackend = "auto"
+    """What computes attention on layers with a sliding window: the plugin's kernel (triton), FlashAttention-4,
+    FlexAttention, the layers' own (megatron: Transformer Engine, or dense), or the kernel where it can (auto)."""
+
+    mc_global_backend: GlobalBackend = "auto"
+    """The same on layers that see all rows, and PyTorch's cuDNN attention. auto: Transformer Engine's own, or cuDNN on
+    local layers; the plugin's kernel for linear biases that are not folded; dense where none of these can."""
+
+    mc_reach_skip: bool = False
+    """On layers with linear biases on the plugin's kernel, do not read keys so far away that their weight cannot be
+    seen in bf16; needs --qk-layernorm, which bounds scores."""
 
 
 RUN_FLAGS = {

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from megacontext_megatron.attention_arguments import linear_by_kernel, windows_by_kernel
+from megacontext_megatron.encoding_config import LINEAR_BIASES
+
 Namespace = argparse.Namespace
 
 
@@ -31,8 +34,14 @@ def _on_te(args: Namespace) -> bool:
     return args.transformer_impl == "transformer_engine"
 
 
-def _biased(args: Namespace) -> bool:
-    return bool(args.position_bias or args.grape_a or {"alibi-lora", "slow-bands"} & set(args.retrofit))
+def _adds_bias(args: Namespace) -> bool:
+    """Return whether attention is asked to add a bias to scores, rather than finding it in queries and keys."""
+    biases = {*args.position_bias, *(["grape-a"] if args.grape_a else []), *args.retrofit} - {"stretch", "damping"}
+    return bool(biases - LINEAR_BIASES if args.bias_fold else biases)
+
+
+def _folding(name: str, asked: Callable[[Namespace], bool], why: str) -> Refusal:
+    return Refusal(flag=f"--bias-fold with --{name}", asked=lambda a: a.bias_fold and asked(a), why=why)
 
 
 def _adds_up(args: Namespace) -> bool:
@@ -76,7 +85,7 @@ def _splits_rows(args: Namespace) -> bool:
 
 
 def _windows_over_p2p(args: Namespace) -> bool:
-    if not _splits_rows(args) or args.window_size is None:
+    if not _splits_rows(args) or args.window_size is None or windows_by_kernel(args):
         return False
     return any(
         "p2p" in kind and is_layer_window_attention(args.window_size, args.window_attn_skip_freq, layer)
@@ -121,6 +130,28 @@ CONTEXT_PARALLEL_REFUSALS = (
     ),
 )
 """Refusals of ways to exchange rows that Transformer Engine would reject in the first step."""
+
+FOLD_REFUSALS = (
+    _folding("retrofit", _given("retrofit"), "a frozen base never loses a channel"),
+    _folding(
+        "softmax-type",
+        lambda a: a.softmax_type != "vanilla",
+        "a number that a row's biases share is left out, which a softmax with a sink would see",
+    ),
+    _folding("fp16", _given("fp16"), "gradients in the channels it writes would leave its range; use --bf16"),
+    _folding(
+        "attention-output-gate",
+        _given("attention_output_gate"),
+        "Megatron splits and norms gated heads in one go, before the channels can be left out",
+    ),
+    _folding("qk-clip", _given("qk_clip"), "weights would be clipped for what the bias adds to logits"),
+    _folding(
+        "attention-backend unfused",
+        lambda a: a.attention_backend.name == "unfused" and _on_te(a),
+        "Transformer Engine's unfused attention rounds scores to the model's dtype; leave the flag out",
+    ),
+)
+"""Refusals of what cannot be had with linear biases in channels of queries and keys."""
 
 REFUSALS = (
     Refusal(
@@ -251,9 +282,11 @@ SPAN_REFUSALS = (
     Refusal(
         flag="--position-bias (also --grape-a and --retrofit alibi-lora or slow-bands) with --transformer-impl "
         "transformer_engine",
-        asked=lambda a: _on_te(a) and _biased(a),
-        why="the dense attention of --transformer-impl local alone adds a bias to scores",
+        asked=lambda a: _on_te(a) and _adds_bias(a) and not linear_by_kernel(a),
+        why="the dense attention of --transformer-impl local alone adds a bias to scores; --bias-fold puts linear ones "
+        "into queries and keys instead",
     ),
+    *FOLD_REFUSALS,
     Refusal(
         flag="--use-distributed-optimizer with --retrofit",
         asked=lambda a: bool(a.retrofit) and a.use_distributed_optimizer,

@@ -30,9 +30,15 @@ GROUPS = {
         "rotary, backward alone and with forward: q and k; with omega, sigma and mu; per KV group",
     ),
     "C": ("split_norm", "split of the mixed projection, QK-norm and rotary in one pass against separate ones"),
+    "D": ("sliding_window", "attention in a window of 128 rows, plain and with rotary inside, against five peers"),
+    "E": ("global_bias", "causal attention with a linear bias, folded or in the kernel, against the same without one"),
+    "F": ("reach_skip", "a linear bias that skips what is out of reach, against cuDNN without a bias"),
     "G": ("precision", "error of cos and sin for centres of 1e3 to 2^51 tokens, against mpmath"),
+    "H": ("kv_append", "new rows into a paged cache in one launch, against a rotation and two index_copy_"),
+    "I": ("pooling", "gists of 32 rows pooled by a learned query, against attention on batches of blocks"),
     "J": ("layer_step", "one Transformer Engine layer's step against the same layer with plain fused rope"),
     "K": ("gist_cost", "GistNet's share of a training step against mean gists, at C/W = 4 and 16 with V = 1, 2, 4"),
+    "L": ("recipe_step", "a step of three local layers and a global one, against plain rope and TE's windows"),
     "T": ("training", "rows per second of the training command, mixed contexts against plain rope"),
 }
 NO_GPU = 2

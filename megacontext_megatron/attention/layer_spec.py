@@ -19,11 +19,16 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megacontext_megatron.attention.biased_attention import BiasedAttention
 from megacontext_megatron.attention.core_attention import GatheredKeyAttention
+from megacontext_megatron.attention.folded_bias import bias_fold
+from megacontext_megatron.attention.kernel_attention import LinearBiasAttention, WindowAttention
+from megacontext_megatron.attention.library_attention import CudnnAttention, FlashAttention4, FlexAttention
 from megacontext_megatron.attention.norm import NormBuilder, PortableNorm, without_extra_state
 from megacontext_megatron.attention.self_attention import SpanSelfAttention
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 from megacontext_megatron.attention.windows import window_of
+from megacontext_megatron.attention_config import MEGATRON
 from megacontext_megatron.config import ENCODINGS, Settings
+from megacontext_megatron.encoding_config import SPARE_CHANNELS
 
 
 def decoder_block_spec(config: MegaContextTransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -53,11 +58,26 @@ def _adapted(layer: ModuleSpec, config: MegaContextTransformerConfig, number: in
     if config.qk_layernorm:
         inner.q_layernorm = _norm(inner.q_layernorm, config)
         inner.k_layernorm = _norm(inner.k_layernorm, config)
-    if config.settings.biased(number):
-        inner.core_attention = cast(Any, BiasedAttention)
-    elif not _on_te(config) and config.context_parallel_size > 1:
-        inner.core_attention = GatheredKeyAttention
+    inner.core_attention = _core(config, number) or inner.core_attention
     return layer
+
+
+def _core(config: MegaContextTransformerConfig, number: int) -> Any:
+    """Return what builds a layer's core attention, None for Megatron's own choice."""
+    backend = config.settings.attention.backend_of(number)
+    adds_bias = _adds_bias(config, number)
+    if backend == "triton":
+        return LinearBiasAttention if adds_bias or window_of(config, number) is None else WindowAttention
+    if backend != MEGATRON:
+        return {"cudnn": CudnnAttention, "flash4": FlashAttention4, "flex": FlexAttention}[backend]
+    if adds_bias:
+        return BiasedAttention
+    return GatheredKeyAttention if not _on_te(config) and config.context_parallel_size > 1 else None
+
+
+def _adds_bias(config: MegaContextTransformerConfig, number: int) -> bool:
+    """Return whether a layer's attention adds a bias to scores, rather than finding it in queries and keys."""
+    return config.settings.biased(number) and bias_fold(config, number) is None
 
 
 def _norm(build: Any, config: MegaContextTransformerConfig) -> Any:
@@ -93,7 +113,7 @@ def resolved_layers(config: MegaContextTransformerConfig) -> list[ResolvedLayer]
             encoding="none" if _unplaced(settings, number) else settings.encoding,
             rotary=_rotary(settings, number),
             window=window_of(config, number),
-            bias=" + ".join(_biases(settings, number)) or "none",
+            bias=_bias(config, number),
             backend=_core_attention(config, number),
         )
         for number in range(1, config.num_layers + 1)
@@ -103,6 +123,14 @@ def resolved_layers(config: MegaContextTransformerConfig) -> list[ResolvedLayer]
 def _unplaced(settings: Settings, layer_number: int) -> bool:
     """Return whether a layer has no encoding of its own; an additive one is in the rows of all layers."""
     return settings.additive is None and layer_number in settings.no_rope_layers
+
+
+def _bias(config: MegaContextTransformerConfig, layer_number: int) -> str:
+    """Return the biases of a layer, and where its spare channels hold them."""
+    found = " + ".join(_biases(config.settings, layer_number)) or "none"
+    if not config.settings.folded(layer_number):
+        return found
+    return f"{found}, {'folded' if bias_fold(config, layer_number) else f'{SPARE_CHANNELS} channels spare'}"
 
 
 def _biases(settings: Settings, layer_number: int) -> list[str]:
@@ -126,7 +154,16 @@ def _rotary(settings: Settings, layer_number: int) -> str:
 def _core_attention(config: MegaContextTransformerConfig, layer_number: int) -> str:
     """Return what computes attention: of Transformer Engine, which chooses a kernel itself, what it was asked for."""
     split = config.context_parallel_size > 1
-    if config.settings.biased(layer_number):
+    chosen = config.settings.attention
+    backend = chosen.backend_of(layer_number)
+    if backend == "triton":
+        windowed = _core(config, layer_number) is WindowAttention
+        exchange = (", halo" if windowed else ", gathered keys") if split else ""
+        skips = ", reach skip" if chosen.reach_skip and _adds_bias(config, layer_number) else ""
+        return f"triton{exchange}{skips}"
+    if backend != MEGATRON:
+        return backend
+    if _adds_bias(config, layer_number):
         return "dense, biased, gathered keys" if split else "dense, biased"
     if not _on_te(config):
         return "dense, gathered keys" if split else "dense"

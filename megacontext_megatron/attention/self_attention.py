@@ -13,7 +13,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megacontext_megatron.attention.biased_attention import BiasedAttention
+from megacontext_megatron.attention.biased_attention import CENTRE, FEATURES, BiasedAttention
+from megacontext_megatron.attention.folded_bias import bias_fold, cleared, split_spare, total
+from megacontext_megatron.attention.kernel_attention import CARRIER, SLOPES, LinearBiasAttention, WindowAttention
 from megacontext_megatron.attention.row_order import ZigzagOrder
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 from megacontext_megatron.config import Settings
@@ -60,8 +62,28 @@ class SpanSelfAttention(SelfAttention):
         self.score_biases = torch.nn.ModuleDict(self._build_biases(settings))
         # Those of other layers among them, which are no submodules here.
         self._biases = {name: cast(ScoreBias, bias) for name, bias in self.score_biases.items()}
-        if self._biases:
-            cast(BiasedAttention, self.core_attention).attach(self._biases)
+        self._fold = bias_fold(self.config, self.layer_number)
+        core = self.core_attention
+        if isinstance(core, BiasedAttention):
+            core.attach(self._biases)
+        if settings.attention.reach_skip and isinstance(core, LinearBiasAttention) and self._biases:
+            norms = cast(tuple[torch.nn.Module, torch.nn.Module], (self.q_layernorm, self.k_layernorm))
+            core.attach_norms(*norms, rotated=self.rotary is not None)
+        self._rotates_inside = self._hand_over_rotation()
+
+    def _hand_over_rotation(self) -> bool:
+        """Let core attention rotate queries and keys where nothing else touches them on their way; return whether."""
+        core, rotary, settings = self.core_attention, self.rotary, self.config.settings
+        if not isinstance(core, WindowAttention) or not core.alone or settings.backend != "triton":
+            return False
+        if settings.gist.span_head:
+            # Places learn, which rotation inside attention gives no gradient.
+            return False
+        changed = self.q_layernorm is not None or self.config.attention_output_gate
+        if changed or isinstance(rotary, TableRotary) or rotary is None or rotary.sigma_scale is not None:
+            return False
+        core.attach_rotation(cast("FusedGaussianRotary", rotary).rotation)
+        return True
 
     def borrow_bias(self, name: str, lender: SpanSelfAttention) -> None:
         """Use another layer's bias instead of this layer's own, which is dropped with its parameters."""
@@ -137,7 +159,7 @@ class SpanSelfAttention(SelfAttention):
         if not is_carrier(rotary_pos_emb):
             raise RuntimeError(f"layer {self.layer_number} received no span metadata, so it has no positions")
         self._carrier, self._row_tensors = rotary_pos_emb, {}
-        if self._biases:
+        if self._rotates_inside or (self._biases and self._fold is None):
             # Filled while queries and keys are made, and read by core attention.
             kwargs["attention_bias"] = self._row_tensors
         try:
@@ -156,8 +178,12 @@ class SpanSelfAttention(SelfAttention):
         """Return the parent's tensors with q [s, b, np, hn] and k [s, b, ng, hn] finished."""
         carrier = self._carrier
         assert carrier is not None
-        if self._splits_fused and not output_gate:
+        if self._rotates_inside:
+            finished = self._unsplit(hidden_states, carrier)
+        elif self._splits_fused and not output_gate:
             finished = self._split_fused(hidden_states, carrier)
+        elif self.config.settings.folded(self.layer_number):
+            finished = self._rotated(hidden_states, self._split_spare(hidden_states), carrier)
         else:
             finished = super().get_query_key_value_tensors(hidden_states, *args, output_gate=output_gate, **kwargs)
             finished = self._rotated(hidden_states, cast(tuple[Tensor, ...], finished), carrier)
@@ -171,7 +197,12 @@ class SpanSelfAttention(SelfAttention):
         self._check_rows(query, carrier)
         spans = SpanMetadata.unpack(carrier)
         if self._biases:
-            self._row_tensors.update(self._bias_tensors(hidden, query, key, spans))
+            read = self._bias_tensors(hidden, query, key, spans)
+            if self._fold is not None:
+                return *self._fold(query, key, self._slopes(query, read), read[CENTRE]), *rest
+            if not isinstance(self.core_attention, BiasedAttention):
+                read = {CENTRE: read[CENTRE], SLOPES: self._slopes(query, read).float()}
+            self._row_tensors.update(read)
         if isinstance(self.rotary, TableRotary):
             query, key = self.rotary(query, key, spans, self._read_by_steps(hidden))
         elif self.rotary is not None:
@@ -188,15 +219,41 @@ class SpanSelfAttention(SelfAttention):
         tensors = {"centre": spans.doubled_centre.double() / 2, "width": spans.width}
         if spans.offset is not None:
             tensors["centre"] = tensors["centre"] + spans.offset
-        biases = self._biases
-        if any(type(bias).features is not ScoreBias.features for bias in biases.values()):
+        biases = {name: bias for name, bias in self._biases.items() if bias.has_features}
+        if biases:
             rows = self._all_rows(hidden)
             for name, bias in biases.items():
                 _gather_parameters(bias)
                 features = bias.features(rows, query, key)
                 if features is not None:
-                    tensors[f"features/{name}"] = features
+                    tensors[FEATURES + name] = features
         return tensors
+
+    def _slopes(self, like: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """Return the sum of the biases' slopes, [np] or [s, b, np]."""
+        for bias in self._biases.values():
+            _gather_parameters(bias)
+        return total(bias.linear_slopes(like, tensors.get(FEATURES + name)) for name, bias in self._biases.items())
+
+    def _unsplit(self, hidden_states: Tensor, carrier: Tensor) -> tuple[Tensor, ...]:
+        """Return the mixed projection in the place of queries, nothing for keys and values, and the rows' places."""
+        unsplit = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
+        mixed, _ = cast(tuple[Tensor, list[int]], unsplit)
+        self._check_rows(mixed, carrier)
+        self._row_tensors[CARRIER] = carrier
+        return mixed, mixed.new_empty(0), mixed.new_empty(0)
+
+    def _split_spare(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Return q, k and v, normed, where norms do not see what the projection gives to spare channels."""
+        unsplit = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
+        mixed, widths = cast(tuple[Tensor, list[int]], unsplit)
+        query, key, value = split_spare(mixed, widths[-1])
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = cast(Any, self.q_layernorm)(query), cast(Any, self.k_layernorm)(key)
+            if self.config.normalization != "RMSNorm":
+                # What is centred or has a bias leaves 0.
+                query, key = cleared(query), cleared(key)
+        return query, key, value
 
     def _all_rows(self, hidden: Tensor) -> Tensor:
         """Return the attention's input [s, b, h] of all rows that this rank's heads see, whole in its gradient too."""

@@ -6,6 +6,7 @@ One network serves all levels, so that a gist of gists is made as a gist of toke
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,14 @@ NORM_EPS = 1e-6
 MOST_BLOCKS = 2**15
 """Blocks that one launch of attention takes: a GPU's grid has no more than 65535 in this direction."""
 
+HALF = (torch.bfloat16, torch.float16)
+
 TENSOR_PARTIAL = "mc_partial_over_tensor_ranks"
 """Attribute of parameters whose gradient on a tensor-parallel rank is that of the rank's own blocks alone."""
+
+
+SlotKernel = Callable[[Tensor, Tensor, int], Tensor]
+"""(query [1, d], keys and values beside each other [n, K, 2 d], heads) -> what `attend` returns, [n, d]."""
 
 
 class GistNet(nn.Module):
@@ -44,12 +51,21 @@ class GistNet(nn.Module):
     A gist is the block's mean plus what the encoder says, in units of a mean's usual size, at the size of embeddings.
     The encoder's last layer starts at 0, so that every gist starts as the mean gist, bit for bit.  The encoder sees a
     rank's share of the blocks (see BlockGroups), all samples' at once, and each raw sample once for all its variants.
+    With a `slot_kernel`, that pools by a learned query wherever it can.
     """
 
-    def __init__(self, config: GistConfig, block_size: int, groups: BlockGroups, seed: int) -> None:
+    def __init__(
+        self,
+        config: GistConfig,
+        block_size: int,
+        groups: BlockGroups,
+        seed: int,
+        *,
+        slot_kernel: SlotKernel | None = None,
+    ) -> None:
         super().__init__()
         self._groups = groups
-        self.encoder = BlockEncoder(config, block_size)
+        self.encoder = BlockEncoder(config, block_size, slot_kernel)
         self.encoder.initialise(seed)
         for parameter in self.encoder.parameters():
             setattr(parameter, TENSOR_PARTIAL, True)
@@ -74,14 +90,14 @@ class GistNet(nn.Module):
 class BlockEncoder(nn.Module):
     """Reads blocks [n, K, h] of any size and answers with [n, h], or [n, h + 2] where it also moves spans."""
 
-    def __init__(self, config: GistConfig, block_size: int) -> None:
+    def __init__(self, config: GistConfig, block_size: int, slot_kernel: SlotKernel | None = None) -> None:
         super().__init__()
         width = config.hidden_size
         self.project = nn.Linear(config.hidden, 3 * width, bias=False)
         self.places = nn.Parameter(torch.empty(block_size, width))
         self.layers = nn.ModuleList(EncoderLayer(width, config.heads) for _ in range(config.layers))
         self.norm = nn.RMSNorm(width, NORM_EPS)
-        self.slot = SlotPooling(width, config.heads) if config.pooling == "slot" else None
+        self.slot = SlotPooling(width, config.heads, slot_kernel) if config.pooling == "slot" else None
         self.answer = nn.Linear(width, config.hidden, bias=False)
         self.spans = nn.Linear(width, 2, bias=False) if config.span_head else None
 
@@ -138,17 +154,24 @@ class EncoderLayer(nn.Module):
 
 
 class SlotPooling(nn.Module):
-    """Pools a block's states [n, K, d] by attention of one learned query: [n, d]."""
+    """Pools a block's states [n, K, d] by attention of one learned query: [n, d].
 
-    def __init__(self, width: int, heads: int) -> None:
+    A kernel, where one is given, does so for states in half precision on a GPU.
+    """
+
+    def __init__(self, width: int, heads: int, kernel: SlotKernel | None = None) -> None:
         super().__init__()
-        self._heads = heads
+        self._heads, self._kernel = heads, kernel
         self.query = nn.Parameter(torch.empty(1, width))
         self.mixed = nn.Linear(width, 2 * width, bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the pooled states."""
-        key, value = self.mixed(states).chunk(2, dim=-1)
+        mixed = self.mixed(states)
+        half = mixed.dtype in HALF and mixed.dtype == self.query.dtype
+        if self._kernel is not None and half and mixed.is_cuda:
+            return self._kernel(self.query, mixed, self._heads)
+        key, value = mixed.chunk(2, dim=-1)
         query = self.query.expand(states.shape[0], 1, -1)
         return attend(query, (key, value), self._heads).squeeze(1)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from megacontext_megatron.config import GaussianRopeConfig
 from megacontext_megatron.kernels.rotary import span_rotary, split_span_rotary
 from megacontext_megatron.kernels.rotary_arguments import QKNorm, RotaryOptions, RotaryTable, RowPlaces
+from megacontext_megatron.kernels.window_attention import RowRotation
 from megacontext_megatron.position.gaussian import GaussianRotary
 from megacontext_megatron.spans.metadata import SpanMetadata, carried_places
 
@@ -45,6 +46,14 @@ class FusedGaussianRotary(GaussianRotary):
             sigma = sigma.float()
         places = RowPlaces(doubled_centre=centre, sigma=sigma, offset=None if offset is None else offset.float())
         return split_span_rotary(mixed, head_dim, places, self._frequency_table(mixed.device), self._options, norm=norm)
+
+    def rotation(self, carrier: Tensor) -> RowRotation:
+        """Return what rotates queries and keys inside attention; gives places no gradient."""
+        centre, sigma, offset = (part if part is None else part.detach() for part in carried_places(carrier))
+        places = RowPlaces(
+            doubled_centre=centre, sigma=sigma.float(), offset=None if offset is None else offset.float()
+        )
+        return RowRotation(places=places, table=self._frequency_table(carrier.device), options=self._options)
 
     @torch.inference_mode(False)  # a table made in a validation must serve the backward of training
     def _frequency_table(self, device: torch.device) -> RotaryTable:

@@ -22,7 +22,7 @@ from megacontext_megatron.attention.transformer_config import MegaContextTransfo
 from megacontext_megatron.config import Settings
 from megacontext_megatron.context.assembly import Assembly, assemble_rows
 from megacontext_megatron.context.block_groups import BlockGroups
-from megacontext_megatron.context.gistnet import GistNet
+from megacontext_megatron.context.gistnet import GistNet, SlotKernel
 from megacontext_megatron.context.gists import Gister, mean_gists
 from megacontext_megatron.encoding_config import AdditiveConfig
 from megacontext_megatron.model.carrier import SpanCarrier
@@ -60,7 +60,13 @@ class MegaContextGPTModel(GPTModel):
         self.gist_net: GistNet | None = None
         if settings.gist.learned and self.pre_process:
             shared_over = BlockGroups.of(groups.tp, groups.cp)
-            self.gist_net = GistNet(settings.gist, settings.context.block_size, shared_over, settings.seed)
+            self.gist_net = GistNet(
+                settings.gist,
+                settings.context.block_size,
+                shared_over,
+                settings.seed,
+                slot_kernel=_slot_kernel(settings),
+            )
 
     def _build_places(self, settings: Settings, additive: AdditiveConfig) -> Sinusoidal | LearnedAbsolute:
         hidden, std = self.config.hidden_size, self.config.init_method_std
@@ -224,6 +230,17 @@ class MegaContextGPTModel(GPTModel):
         if wrong:
             raise RuntimeError(f"the checkpoint did not provide the plugin's parameters {', '.join(sorted(wrong))}")
         return result
+
+
+def _slot_kernel(settings: Settings) -> SlotKernel | None:
+    """Return the kernel that pools blocks by a learned query, where the run has kernels and it holds such blocks."""
+    gist = settings.gist
+    if settings.backend != "triton" or gist.pooling != "slot":
+        return None
+    # Triton is not everywhere that PyTorch is.
+    from megacontext_megatron.kernels.pooling import holds, slot_pooling
+
+    return slot_pooling if holds(settings.context.block_size, gist.hidden_size // gist.heads) else None
 
 
 def plugin_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -49,6 +49,12 @@ class Alibi(SlopedBias):
     For a key's span wholly before the query's it is the mean over the spans' tokens, whatever their widths.
     """
 
+    def linear_slopes(self, like: Tensor, features: Tensor | None) -> Tensor | None:
+        """Return the slopes [np]; see ScoreBias."""
+        del features
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return self.slopes(like.new_empty((), dtype=wide)).flatten()
+
     def forward(self, inputs: BiasInputs) -> Tensor:
         """Return the bias [b, np, sq, sk]."""
         distance = inputs.distance.to(inputs.scores.dtype).unsqueeze(1)
@@ -78,6 +84,25 @@ class GrapeA(Alibi):
         drawn = values.normal(f"grape-a {side} direction", size, self.share.width**-0.5)
         parameter.data.copy_(drawn)
         return parameter
+
+    @property
+    def has_features(self) -> bool:
+        """Whether slopes are gated."""
+        return self.query_direction is not None or self.key_direction is not None
+
+    def linear_slopes(self, like: Tensor, features: Tensor | None) -> Tensor | None:
+        """Return the slopes, [np] or with the gates of queries [s, b, np], None with gates of keys; see ScoreBias.
+
+        Raises RuntimeError where queries gate and `features` are missing.
+        """
+        slopes = super().linear_slopes(like, None)
+        if self.key_direction is not None or slopes is None:
+            return None
+        if self.query_direction is None:
+            return slopes
+        if features is None:
+            raise RuntimeError("slopes gated by queries were not given the rows' features")
+        return slopes * features.to(slopes.dtype)
 
     def features(self, hidden: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
         """Return the gates [s, b, np], of queries before those of keys: [s, b, 2 np] where there are both."""

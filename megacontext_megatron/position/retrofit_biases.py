@@ -64,6 +64,12 @@ class AlibiLora(ScoreBias):
         up = self.shared(self.up).view(-1, self._rank)[self.share.local_heads].to(dtype)
         return hidden.to(dtype) @ down.t() @ up.t()
 
+    def linear_slopes(self, like: Tensor, features: Tensor | None) -> Tensor | None:
+        """Return the slopes of each row, [s, b, np]; see ScoreBias.  Raises RuntimeError without features."""
+        if features is None:
+            raise RuntimeError("query-conditioned slopes were not given the rows' features")
+        return features.to(torch.promote_types(like.dtype, torch.float32)) / self._length
+
     def forward(self, inputs: BiasInputs) -> Tensor:
         """Return the bias [b, np, sq, sk]; see ScoreBias.  Raises RuntimeError without features."""
         if inputs.features is None:

@@ -54,6 +54,20 @@ class ScoreBias(PositionalParameters):
         del hidden, query, key
         return None
 
+    @property
+    def has_features(self) -> bool:
+        """Whether `features` returns something."""
+        return type(self).features is not ScoreBias.features
+
+    def linear_slopes(self, like: Tensor, features: Tensor | None) -> Tensor | None:
+        """Return m, nats per token, where the bias is -m (mu_q - mu_k), None where it is not.
+
+        It is [np] of this rank's heads, or [s, b, np] with one for each query row where `features`, as they were
+        returned of those rows, decide.  It is on the device of `like`, in its dtype and in at least fp32.
+        """
+        del like, features
+        return None
+
     def forward(self, inputs: BiasInputs) -> Tensor:
         """Return the bias, fp32 (float64 where scores are), broadcastable to [b, np, sq, sk].
 

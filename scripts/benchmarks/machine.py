@@ -8,7 +8,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "transformer-engine", "megatron-core", "liger-kernel", "flash-attn-4", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformer-engine",
+    "megatron-core",
+    "liger-kernel",
+    "flash-attn-4",
+    "nvidia-cudnn-frontend",
+    "numpy",
+)
 _QUERIES = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
 
 

@@ -70,6 +70,17 @@ MODEL: Flags = {
 LEVEL: Flags = {"gaussian_rope_learnable_sigma": "level"}
 HEAD: Flags = {"gaussian_rope_learnable_sigma": "head"}
 WINDOWS: Flags = {"window_size": "63,0", "window_attn_skip_freq": "[1,1,1,0]"}
+STEEP = 16.0
+"""On the standard slopes: what lies beyond the nearest tenth of a context is out of reach of most heads."""
+
+GRAPE: Flags = WINDOWS | {
+    "no_rope_freq": "[0,0,0,1]",
+    "grape_a": True,
+    "grape_a_learnable": True,
+    "bias_slope_scale": STEEP,
+}
+"""Rotary in windows, and a learned linear bias on the one layer that sees everything."""
+
 MOE: Flags = {
     "num_experts": 4,
     "moe_layer_freq": "([0]*1+[1]*3)",
@@ -102,6 +113,10 @@ FAMILIES = {
     "te, gistnet": MODEL | LEVEL | ON_TE | GISTNET,
     "te, span head": MODEL | LEVEL | ON_TE | SPAN_HEAD,
     "te, prediction": MODEL | LEVEL | ON_TE | PREDICTION,
+    "local, kernels": MODEL | GRAPE | LOCAL | {"bf16": True},
+    "local, kernels, QK-norm": MODEL | GRAPE | LOCAL | {"bf16": True, "qk_layernorm": True},
+    "folded": MODEL | GRAPE | LOCAL | {"bf16": True, "bias_fold": True},
+    "te, folded": MODEL | GRAPE | ON_TE | {"bias_fold": True},
     "local fp32": parity.FAMILIES["dense"] | LOCAL,
     "local fp32, gistnet": parity.FAMILIES["gistnet"] | LOCAL,
     "local fp32, span head": parity.FAMILIES["span head"] | LOCAL,

@@ -39,7 +39,8 @@ LAYOUTS = (
         {"te_rng_tracker": True},
     ),
 )
-WINDOWED = one_gpu("windows", **WINDOWS)
+OF_TE: Flags = WINDOWS | {"mc_window_backend": "megatron"}
+WINDOWED = one_gpu("windows", **OF_TE)
 EXCHANGES = {
     "CP2, all-to-all, windows": ["a2a"],
     "CP2, windows by all-gather, others by ring": ["all_gather"] * 3 + ["p2p"],
@@ -98,7 +99,7 @@ def test_a_resumed_distributed_optimizer_repeats_every_bit(matrix: Matrix, tmp_p
 @needs_te
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_windows_agree_over_context_parallel_ranks(matrix: Matrix, tmp_path: Path, name: str) -> None:
-    matrix.within(two(name, CP, WINDOWS, {"cp_comm_type": EXCHANGES[name]}), WINDOWED, tmp_path)
+    matrix.within(two(name, CP, OF_TE, {"cp_comm_type": EXCHANGES[name]}), WINDOWED, tmp_path)
 
 
 @needs_te

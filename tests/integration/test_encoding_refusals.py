@@ -65,6 +65,48 @@ BIASES = {
     ),
     "buckets of nothing": ({**NONE, "t5_num_buckets": 16}, "--t5-num-buckets has no effect without"),
 }
+FOLDED = {**NONE, "kv_channels": 16, "position_bias": ["alibi"], "bias_fold": True}
+GATED = {**FOLDED, "position_bias": ["grape-a"]}
+FOLDS = {
+    "no bias to fold": ({**FOLDED, "position_bias": None}, "--bias-fold has no effect without a bias that is linear"),
+    "no linear bias to fold": (
+        {**FOLDED, "position_bias": ["fire"]},
+        "--bias-fold has no effect without a bias that is linear",
+    ),
+    "channels that are rotated": (
+        {**FOLDED, "position_embedding_type": "rope", "no_rope_freq": 2},
+        "--bias-fold needs layers without rotary, and layer 1 would",
+        "--no-rope-freq",
+    ),
+    "channels that are rotated everywhere": (
+        {**FOLDED, "position_embedding_type": "rope"},
+        "--bias-fold needs layers without rotary, and layers 1, 2 would",
+    ),
+    "gates of keys": ({**GATED, "grape_a_gate": "k"}, "--bias-fold", "--grape-a-gate k"),
+    "gates of both": ({**GATED, "grape_a_gate": "qk"}, "--bias-fold", "--grape-a-gate qk"),
+    "another bias beside": (
+        {**FOLDED, "position_bias": ["alibi", "t5"]},
+        "--bias-fold is not supported with --position-bias t5",
+        "layers 1, 2",
+    ),
+    "another bias beside on one layer": (
+        {**FOLDED, "position_bias": ["fox"], "grape_a": True, "window_size": "15,0", "window_attn_skip_freq": 2},
+        "--bias-fold is not supported with --position-bias fox",
+        "layer 2",
+    ),
+    "a frozen base": ({**FOLDED, **ROPE, "retrofit": ["slow-bands"]}, "--bias-fold with --retrofit"),
+    "a sink": ({**FOLDED, "softmax_type": "off-by-one"}, "--bias-fold with --softmax-type"),
+    "gradients out of range": ({**FOLDED, "fp16": True}, "--bias-fold with --fp16", "--bf16"),
+    "gated heads": ({**FOLDED, "attention_output_gate": True}, "--bias-fold with --attention-output-gate"),
+    "clipped weights": ({**FOLDED, "qk_clip": True}, "--bias-fold with --qk-clip"),
+    "narrow heads": ({**FOLDED, "kv_channels": 8}, "--bias-fold takes 4 channels", "--kv-channels 8"),
+    "scores out of range": (
+        {**FOLDED, "bias_slope_scale": 257},
+        "--bias-fold over 512 tokens",
+        "more than 16384",
+        "--bias-slope-scale",
+    ),
+}
 SPLIT = {
     "contextual positions over ranks": (
         {**NONE, "position_bias": ["cope"], "cope_count": "width", "context_parallel_size": 2},
@@ -116,8 +158,8 @@ RETROFIT = {
 
 @pytest.mark.parametrize(
     "cases",
-    [ROTARY, BIASES, ADDITIVE, RETROFIT],
-    ids=["rotary", "biases", "additive", "retrofit"],
+    [ROTARY, BIASES, FOLDS, ADDITIVE, RETROFIT],
+    ids=["rotary", "biases", "folds", "additive", "retrofit"],
 )
 def test_encodings_that_cannot_be_had_are_refused_by_name(refused, cases):
     refused(cases)
@@ -131,6 +173,16 @@ def test_biases_of_transformer_engine_are_refused(refused):
     on_te = {"cpu": None, "transformer_impl": "transformer_engine", "bf16": True}
     cases = {
         "a bias": ({**NONE, "position_bias": ["alibi"]}, "--position-bias", "--transformer-impl local alone"),
+        "a bias that is not folded": (
+            {**FOLDED, "position_bias": ["t5"], "grape_a": True, "window_size": "15,0", "window_attn_skip_freq": 2},
+            "--position-bias",
+            "--transformer-impl local alone",
+        ),
+        "a folded bias, without the package": (FOLDED, "the default, without Transformer Engine"),
+        "a folded bias, rounded": (
+            {**FOLDED, "attention_backend": "unfused"},
+            "--bias-fold with --attention-backend unfused",
+        ),
         "slopes of global layers": ({**NONE, "grape_a": True}, "--grape-a", "--transformer-impl local alone"),
         "steps": (named("grapem", grapem_contextual=True), "--grapem-contextual", "add --transformer-impl local"),
     }

@@ -69,6 +69,11 @@ CASES = {
     "grape_a_gate": (biased("grape-a"), {"grape_a_gate": "k"}, "gate='k'"),
     "grape_a_learnable": (biased("grape-a"), {"grape_a_learnable": True}, "learnable_slopes=True"),
     "bias_slope_scale": (biased("alibi"), {"bias_slope_scale": 0.5}, "slope_scale=0.5"),
+    "bias_fold": (
+        {**PLAIN, "position_embedding_type": "none", "position_bias": ["alibi"], "kv_channels": 16},
+        {"bias_fold": True},
+        "bias_fold=True",
+    ),
     "t5_num_buckets": (biased("t5"), {"t5_num_buckets": 16}, "t5_buckets=16"),
     "t5_max_distance": (biased("t5"), {"t5_max_distance": 64}, "t5_max_distance=64"),
     "fire_hidden_size": (biased("fire"), {"fire_hidden_size": 16}, "fire_hidden=16"),

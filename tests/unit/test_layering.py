@@ -21,8 +21,8 @@ STAGES = (
     "telemetry",
     "retrofit",
 )
-ANYWHERE = {"config", "encoding_config", "encoding_flags"}
-LIGHT = ("__init__", "argv", "config", "encoding_config", "doctor", "evaluate", "pretrain", "teacher")
+ANYWHERE = {"attention_config", "config", "encoding_config", "encoding_flags"}
+LIGHT = ("__init__", "argv", "attention_config", "config", "encoding_config", "doctor", "evaluate", "pretrain", "teacher")
 """Top-level files that other processes import before torch may be loaded."""
 HEAVY = ("torch", "megatron")
 LONGEST_FILE = 400

@@ -1,0 +1,263 @@
+"""Which backend computes each layer's attention: the first that is able to, or the one asked for, or a refusal.
+
+A backend is judged by what a layer needs of it, before anything is built; what was chosen is printed with the layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from megatron.core.transformer.utils import is_layer_window_attention
+
+from megacontext_megatron.attention_config import MEGATRON, AttentionConfig
+from megacontext_megatron.config import ConfigError
+from megacontext_megatron.encoding_config import LINEAR_BIASES, BiasConfig
+
+Namespace = argparse.Namespace
+Bias = Literal["none", "folded", "linear", "other"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """What one layer needs of its attention.
+
+    `bias` is none, or folded into queries and keys, or linear in the centres of keys, or another; `learned` says
+    whether slopes of a linear bias train or depend on queries.
+    """
+
+    args: Namespace
+    layer: int
+    windowed: bool
+    bias: Bias
+    learned: bool
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.args.kv_channels or self.args.hidden_size // self.args.num_attention_heads
+
+    @property
+    def split(self) -> bool:
+        """Whether rows are split over ranks."""
+        return self.args.context_parallel_size > 1
+
+    @property
+    def flag(self) -> str:
+        """The flag that chooses among backends for this layer."""
+        return "--mc-window-backend" if self.windowed else "--mc-global-backend"
+
+    @property
+    def asked(self) -> str:
+        """What the flag says."""
+        return self.args.mc_window_backend if self.windowed else self.args.mc_global_backend
+
+
+def no_kernel(args: Namespace) -> str | None:
+    """Return why no kernel of the plugin's or of a library can compute attention here, in half a sentence, or None."""
+    if args.cpu:
+        return "it runs on a GPU"
+    if not (args.bf16 or args.fp16):
+        return "it computes in half precision; add --bf16"
+    if args.attention_dropout:
+        return "it has no dropout; add --attention-dropout 0"
+    if args.softmax_type != "vanilla":
+        return f"it has no --softmax-type {args.softmax_type}"
+    if args.gaussian_rope_log_width_bias:
+        return "keys are wider than values with --gaussian-rope-log-width-bias"
+    if getattr(args, "qk_clip", False):
+        return "it does not find the largest scores that --qk-clip reads"
+    return None
+
+
+def _own(need: Need) -> Iterator[str]:
+    if find_spec("triton") is None:
+        yield "the package triton is not installed"
+    if need.head_dim not in (64, 128):
+        yield f"it serves heads of 64 or 128 channels, not of {need.head_dim}"
+    if need.bias == "other":
+        yield "of all biases it has those that are linear in the distance"
+    if need.windowed and (need.args.window_size[0] < 0 or need.args.window_size[1] != 0):
+        yield "its windows end at a row itself; give --window-size ROWS,0"
+    if need.bias != "none" and need.args.mc_gist_span_head:
+        yield "its centres are whole half tokens, and --mc-gist-span-head moves them"
+    chunk = need.args.seq_length // (2 * need.args.context_parallel_size)
+    if need.windowed and need.split and need.args.window_size[0] > chunk:
+        yield (
+            f"a window of {need.args.window_size[0]} rows is longer than the {chunk} rows of a chunk of "
+            "--context-parallel-size"
+        )
+
+
+def _library(need: Need) -> Iterator[str]:
+    if need.split:
+        yield "it sees one context-parallel rank's rows alone"
+    if need.bias in ("linear", "other"):
+        yield "it adds no bias to scores; --bias-fold carries linear ones in the heads of layers without rotary"
+
+
+def _cudnn(need: Need) -> Iterator[str]:
+    yield from _library(need)
+    if need.windowed:
+        yield "PyTorch's cuDNN attention has no windows"
+    if need.head_dim % 8 or need.head_dim > 128:
+        yield f"it serves heads of multiples of 8 up to 128 channels, not of {need.head_dim}"
+    if need.args.deterministic_mode:
+        yield "its backward is not deterministic"
+
+
+def _flash4(need: Need) -> Iterator[str]:
+    yield from _library(need)
+    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+        yield "the package flash-attn-4 is not installed"
+    if need.args.deterministic_mode:
+        yield "its backward is not deterministic"
+
+
+def _flex(need: Need) -> Iterator[str]:
+    if need.split:
+        yield "it sees one context-parallel rank's rows alone"
+    if need.bias == "other":
+        yield "of all biases it has those that are linear in the distance"
+    if need.bias == "linear" and need.learned:
+        yield "its backward is hundreds of times slower where slopes are learned or depend on queries"
+
+
+def _megatron(need: Need) -> Iterator[str]:
+    if need.args.transformer_impl == "transformer_engine" and need.bias in ("linear", "other"):
+        yield "Transformer Engine adds no bias of centres to scores"
+
+
+_OBSTACLES: dict[str, Callable[[Need], Iterator[str]]] = {
+    "triton": _own,
+    "cudnn": _cudnn,
+    "flash4": _flash4,
+    "flex": _flex,
+    MEGATRON: _megatron,
+}
+
+
+def why_not(backend: str, need: Need) -> str | None:
+    """Return why a backend cannot compute a layer's attention, in half a sentence, or None where it can."""
+    general = None if backend == MEGATRON else no_kernel(need.args)
+    return general or next(_OBSTACLES[backend](need), None)
+
+
+def preferences(need: Need) -> tuple[str, ...]:
+    """Return the backends that are tried where none is asked for, the fastest first.
+
+    FlexAttention and FlashAttention-4 are chosen only by name: one compiles while it runs, the other is a beta.
+    """
+    if need.windowed or need.bias == "linear":
+        return "triton", MEGATRON
+    if need.args.transformer_impl == "transformer_engine":
+        return (MEGATRON,)
+    return "cudnn", "triton", MEGATRON
+
+
+def backend_of(need: Need) -> str:
+    """Return the backend of a layer; raises ConfigError naming the flag where none can be, or not the one asked for."""
+    if need.asked != "auto":
+        reason = why_not(need.asked, need)
+        if reason is not None:
+            raise ConfigError(f"{need.flag} {need.asked} does not serve layer {need.layer}: {reason}.")
+        return need.asked
+    reasons = {backend: why_not(backend, need) for backend in preferences(need)}
+    chosen = next((backend for backend, reason in reasons.items() if reason is None), None)
+    if chosen is None:
+        told = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+        raise ConfigError(
+            f"--position-bias on layer {need.layer} has no attention to run in ({told}). --transformer-impl local has "
+            "dense attention for every bias."
+        )
+    return chosen
+
+
+def _bias(args: Namespace, biases: tuple[BiasConfig, ...], layer: int) -> Bias:
+    """Return the kind of the biases of a layer, counted from 1."""
+    own = [bias for bias in biases if layer in bias.layers]
+    by_query = layer == 1 and "alibi-lora" in args.retrofit
+    if not all(bias.linear for bias in own):
+        return "other"
+    if own and args.bias_fold:
+        return "folded"
+    return "linear" if own or by_query else "none"
+
+
+def windowed_layers(args: Namespace) -> tuple[int, ...]:
+    """Return the layers, counted from 1, that attend within a sliding window."""
+    size, skip = args.window_size, args.window_attn_skip_freq
+    return tuple(
+        layer for layer in range(1, args.num_layers + 1) if size and is_layer_window_attention(size, skip, layer)
+    )
+
+
+def windows_by_kernel(args: Namespace) -> bool:
+    """Return whether windows run in the plugin's kernel, as far as arguments that were only typed can tell."""
+    return args.mc_window_backend in ("auto", "triton") and _by_kernel(args, windowed=True, bias="none")
+
+
+def linear_by_kernel(args: Namespace) -> bool:
+    """Return whether all biases are linear and run in the plugin's kernel, as far as typed arguments can tell."""
+    names = {*args.position_bias, *(["grape-a"] if args.grape_a else []), *args.retrofit} - {"stretch", "damping"}
+    linear = names <= {*LINEAR_BIASES, "alibi-lora"} and args.grape_a_gate in ("none", "q")
+    return linear and args.mc_global_backend in ("auto", "triton") and _by_kernel(args, windowed=False, bias="linear")
+
+
+def _by_kernel(args: Namespace, *, windowed: bool, bias: Bias) -> bool:
+    if not (args.kv_channels or (args.hidden_size and args.num_attention_heads)) or not args.seq_length:
+        return False
+    return why_not("triton", Need(args=args, layer=1, windowed=windowed, bias=bias, learned=True)) is None
+
+
+def attention_config(args: Namespace, biases: tuple[BiasConfig, ...]) -> AttentionConfig:
+    """Return what computes every layer's attention.
+
+    Raises ConfigError where a layer cannot have what was asked for, and where a flag has no effect.
+    """
+    if args.mc_encoding is None:
+        for flag in ("mc_window_backend", "mc_global_backend", "mc_reach_skip"):
+            if getattr(args, flag) not in ("auto", False):
+                raise ConfigError(
+                    f"--{flag.replace('_', '-')} has no effect without a --position-embedding-type of the plugin's or "
+                    "--megacontext: stock encodings run Megatron's own layers."
+                )
+        return AttentionConfig()
+    windowed = set(windowed_layers(args))
+    needs = [
+        Need(
+            args=args,
+            layer=layer,
+            windowed=layer in windowed,
+            bias=_bias(args, biases, layer),
+            learned=args.grape_a_learnable or args.grape_a_gate != "none" or "alibi-lora" in args.retrofit,
+        )
+        for layer in range(1, args.num_layers + 1)
+    ]
+    for flag, kind, there in (
+        ("window", "a window", windowed),
+        ("global", "every row", len(windowed) < args.num_layers),
+    ):
+        asked = getattr(args, f"mc_{flag}_backend")
+        if asked != "auto" and not there:
+            raise ConfigError(f"--mc-{flag}-backend {asked} has no effect: no layer attends to {kind}.")
+    config = AttentionConfig(backends=tuple(map(backend_of, needs)), reach_skip=args.mc_reach_skip)
+    if config.reach_skip:
+        _check_reach(args, needs, config)
+    return config
+
+
+def _check_reach(args: Namespace, needs: list[Need], config: AttentionConfig) -> None:
+    if not args.qk_layernorm or args.normalization != "RMSNorm":
+        raise ConfigError(
+            "--mc-reach-skip needs --qk-layernorm with --normalization RMSNorm: nothing else bounds the scores that a "
+            "bias must outweigh before keys can be left out."
+        )
+    if not any(need.bias in ("linear", "folded") and config.backend_of(need.layer) == "triton" for need in needs):
+        raise ConfigError(
+            "--mc-reach-skip has no effect: no layer has a linear bias (--grape-a, --position-bias alibi or grape-a) "
+            "on --mc-global-backend triton."
+        )

@@ -1,0 +1,324 @@
+"""Sliding-window attention with few bytes moved, forward and backward, on request with rotary inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton import knobs
+
+from megacontext_megatron.kernels.rotary_arguments import RotaryOptions, RotaryTable, RowPlaces
+from megacontext_megatron.kernels.window_backward import key_kernel, query_kernel
+from megacontext_megatron.kernels.window_forward import forward_kernel
+from megacontext_megatron.kernels.window_layout import WindowLayout, dense_channels
+from megacontext_megatron.kernels.window_rotation import rotate_keys
+
+__all__ = [
+    "RowRotation",
+    "Tile",
+    "Tiles",
+    "choose_tiles",
+    "split_window_attention",
+    "why_rotation_unsupported",
+    "why_unsupported",
+    "window_attention",
+]
+
+_LOG2_E = 1.4426950408889634
+_MOST_PACKED = 128
+_ROTATED_ROWS = 4
+"""Of keys, handled at once by a program."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowRotation:
+    """A rotary inside the attention: places of the key rows [sk, b], frequencies, and options."""
+
+    places: RowPlaces
+    table: RotaryTable
+    options: RotaryOptions
+
+
+class Tile(NamedTuple):
+    """How a kernel runs: lanes (a query head of a row each) and keys of a tile, warps, stages of its pipeline.
+
+    `mask_all` is whether every tile is masked, or only those at an edge, which costs a branch.
+    """
+
+    lanes: int
+    keys: int
+    warps: int
+    stages: int
+    mask_all: bool = False
+
+
+class Tiles(NamedTuple):
+    """How the three kernels run: forward, gradients of queries, gradients of keys and values."""
+
+    forward: Tile
+    query: Tile
+    key: Tile
+
+
+def choose_tiles(head_dim: int, per_group: int, look_back: int) -> Tiles:
+    """Return how the kernels run for heads of 64 or 128 channels, `per_group` queries to a key, and a window."""
+    # A tile of lanes sees its own rows besides the window, so few rows waste little, and many heads make up for them.
+    narrow = look_back < 256 and per_group > 1
+    forward = Tile(128, 32 if narrow else 64, 4, 3)
+    query = Tile(128, 32 if narrow else 64, 8, 2)
+    key = Tile(64, 64, 4, 2)
+    if head_dim <= 64:
+        key = Tile(128, 64, 4, 2)
+    return Tiles(forward, query, key)
+
+
+def why_unsupported(heads: int, groups: int, head_dim: int, dtype: torch.dtype, *, interpreted: bool) -> str | None:
+    """Return why heads cannot be served, in a sentence, or None; `interpreted` kernels also serve float32."""
+    kinds = (torch.bfloat16, torch.float16, *((torch.float32,) if interpreted else ()))
+    if dtype not in kinds:
+        return f"the kernel computes from bfloat16 or float16, not from {dtype}"
+    if head_dim not in (64, 128) and not (interpreted and head_dim in (16, 32)):
+        return f"the kernel serves heads of 64 or 128 channels, not of {head_dim}"
+    if groups < 1 or heads < 1 or heads % groups:
+        return f"{heads} query heads are not a multiple of {groups} query groups"
+    if heads // groups > _MOST_PACKED:
+        return f"the kernel serves up to {_MOST_PACKED} query heads of a group, not {heads // groups}"
+    return None
+
+
+def why_rotation_unsupported(rotation: RowRotation, head_dim: int, groups: int) -> str | None:
+    """Return why a rotation cannot be done inside, in a sentence, or None."""
+    places, table = rotation.places, rotation.table
+    pairs = table.omega.shape[-1]
+    learnt = {"frequencies": table.omega, "widths": places.sigma, "offsets": places.offset}
+    for name, given in learnt.items():
+        if given is not None and given.requires_grad:
+            return f"rotary inside the window's kernel gives {name} no gradient"
+    if not 0 < 2 * pairs <= head_dim:
+        return f"heads of {head_dim} channels do not hold {pairs} rotary pairs"
+    if not rotation.options.interleaved and head_dim % (2 * pairs):
+        return f"{pairs} rotary pairs of opposite channels do not divide half a head of {head_dim} channels"
+    widths = 1 if places.sigma is None or places.sigma.dim() == 2 else places.sigma.shape[2]
+    if not {len(table.omega), widths} <= {1, groups}:
+        return f"{len(table.omega)} sets of frequencies and {widths} widths do not fit {groups} query groups"
+    return None
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    look_back: int,
+    scale: float,
+    *,
+    rotation: RowRotation | None = None,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """Return attention [sq, b, np, hn], contiguous, of queries that are the last sq of sk rows and see a window.
+
+    Queries are [sq, b, np, hn], keys and values [sk, b, ng, hn], bfloat16 or float16; a query sees its own row and the
+    `look_back` before it; softmax and sums are fp32.  With `rotation`, queries and keys come unrotated, are rotated and
+    damped in fp32 and rounded to their own dtype, as kernels.rotary does in launches of its own; gradients are those of
+    what came in.  Gradients are deterministic.  `tiles` overrides choose_tiles.  Raises ValueError for tensors that do
+    not fit, and for what why_unsupported and why_rotation_unsupported name.
+    """
+    query, key, value = map(dense_channels, (query, key, value))
+    layout = WindowLayout.of_heads(query, key, value)
+    return _attention(layout, (query, key, value), look_back, scale, rotation=rotation, tiles=tiles)
+
+
+def split_window_attention(
+    mixed: Tensor,
+    head_dim: int,
+    look_back: int,
+    scale: float,
+    *,
+    rotation: RowRotation | None = None,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """Return attention [s, b, np, hn], contiguous, of Megatron's mixed projection, read where it lies.
+
+    `mixed` is [s, b, ng, (np / ng + 2) hn]: each query group's queries, then its key, then its value; its gradient is
+    written whole.  Otherwise as window_attention.
+    """
+    mixed = dense_channels(mixed)
+    layout = WindowLayout.of_mixed(mixed, head_dim)
+    return _attention(layout, (mixed, None, None), look_back, scale, rotation=rotation, tiles=tiles)
+
+
+def _attention(
+    layout: WindowLayout,
+    sources: tuple[Tensor, Tensor | None, Tensor | None],
+    look_back: int,
+    scale: float,
+    *,
+    rotation: RowRotation | None,
+    tiles: Tiles | None,
+) -> Tensor:
+    """Launch; raises ValueError where a tensor or number does not fit."""
+    heads, groups, head_dim = layout.np, layout.ng, layout.hn
+    interpreted = knobs.runtime.interpret
+    why = why_unsupported(heads, groups, head_dim, sources[0].dtype, interpreted=interpreted)
+    if why is None and rotation is not None:
+        why = why_rotation_unsupported(rotation, head_dim, groups)
+    if why is None and rotation is not None and rotation.places.doubled_centre.shape != (layout.sk, layout.b):
+        places = tuple(rotation.places.doubled_centre.shape)
+        why = f"places of {places} rows do not fit {layout.sk} rows of {layout.b} sequences"
+    if why is None and look_back < 0:
+        why = f"a query looks {look_back} rows back"
+    if why is None and not scale > 0:
+        why = f"scores are scaled by {scale}, which is not positive"
+    if why is not None:
+        raise ValueError(why)
+    chosen = choose_tiles(head_dim, heads // groups, look_back) if tiles is None else tiles
+    spec = _Spec(
+        layout=layout, look_back=min(look_back, max(layout.sk - 1, 0)), scale=scale, rotation=rotation, tiles=chosen
+    )
+    return _WindowAttention.apply(spec, *sources)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Spec:
+    """What a call is made of besides the tensors that may get gradients."""
+
+    layout: WindowLayout
+    look_back: int
+    scale: float
+    rotation: RowRotation | None
+    tiles: Tiles
+
+
+class _Turned(NamedTuple):
+    """What a rotation left behind: keys [sk, b, ng, hn] and a table [2 or 4, sk b, groups, r]; neither without one."""
+
+    key: Tensor | None
+    table: Tensor | None
+
+
+def _common(spec: _Spec, turned: _Turned, tile: Tile) -> dict[str, Any]:
+    """Return the arguments that all three kernels share."""
+    layout, rotation, table = spec.layout, spec.rotation, turned.table
+    key = layout.key if turned.key is None else layout.gradient_of_heads.key
+    return {
+        "table": table,
+        "sq": layout.sq, "sk": layout.sk, "batch": layout.b, "look_back": spec.look_back,
+        "planes": 0 if table is None else table.stride(0),
+        "query_s": layout.query[0], "query_b": layout.query[1],
+        "query_g": layout.query[2], "query_h": layout.query[3],
+        "key_s": key[0], "key_b": key[1], "key_g": key[2],
+        "value_s": layout.value[0], "value_b": layout.value[1], "value_g": layout.value[2],
+        "NG": layout.ng, "GROUP": layout.per_group, "PACK": layout.packed, "HN": layout.hn,
+        "LANES": max(tile.lanes, layout.packed), "KEYS": tile.keys, "MASK_ALL": tile.mask_all,
+        "ROTATE": rotation is not None, "TABLE_GROUPS": 1 if table is None else table.shape[2],
+        "R": 1 if table is None else table.shape[3],
+        "INTERLEAVED": rotation is not None and rotation.options.interleaved,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def _query_plane(turned: _Turned) -> int:
+    """Return which plane of the table holds the cosines of queries."""
+    return 2 if turned.table is not None and len(turned.table) > 2 else 0
+
+
+def _launch(kernel: Any, blocks: int, **arguments: Any) -> None:
+    if blocks:
+        kernel[(blocks,)](**arguments)
+
+
+def _turned(spec: _Spec, key: Tensor) -> _Turned:
+    """Return rotated keys and the table of their angles."""
+    rotation, layout = spec.rotation, spec.layout
+    if rotation is None:
+        return _Turned(None, None)
+    places, words, omega = rotation.places, rotation.table.words.contiguous(), rotation.table.omega.contiguous()
+    sigma, offset, pairs = places.sigma, places.offset, omega.shape[1]
+    sigma_groups = 0 if sigma is None else sigma.shape[2] if sigma.dim() == 3 else 1
+    groups = max(len(omega), sigma_groups)
+    plain = sigma is not None and not rotation.options.damp_query
+    rows = layout.sk * layout.b
+    finished = key.new_empty(layout.sk, layout.b, layout.ng, layout.hn)
+    table = key.new_empty(4 if plain else 2, rows, groups, pairs, dtype=torch.float32)
+    block_r, heads = triton.next_power_of_2(pairs), min(triton.next_power_of_2(layout.ng // groups), 8)
+    sigma_strides = (0, 0, 0) if sigma is None else (*sigma.stride(), 0)[:3]
+    offset_strides = (0, 0) if offset is None else offset.stride()
+    _launch(
+        rotate_keys, -(-rows // _ROTATED_ROWS),
+        key=key, key_out=finished, table=table,
+        doubled_centre=places.doubled_centre, sigma=sigma, offset=offset, words=words, omega=omega,
+        rows=rows, batch=layout.b, planes=table.stride(0),
+        key_s=layout.key[0], key_b=layout.key[1], key_g=layout.key[2],
+        centre_s=places.doubled_centre.stride(0), centre_b=places.doubled_centre.stride(1),
+        sigma_s=sigma_strides[0], sigma_b=sigma_strides[1], sigma_g=sigma_strides[2],
+        offset_s=offset_strides[0], offset_b=offset_strides[1],
+        NG=layout.ng, HN=layout.hn, R=pairs, BLOCK_R=block_r,
+        BLOCK_REST=triton.next_power_of_2(max(1, layout.hn - 2 * pairs)),
+        ROWS=_ROTATED_ROWS, HEADS=heads, GROUPS=groups,
+        FREQUENCY_GROUPS=len(omega), SIGMA_GROUPS=sigma_groups, HAS_OFFSET=offset is not None,
+        PLAIN=plain, INTERLEAVED=rotation.options.interleaved,
+        num_warps=max(1, min(8, _ROTATED_ROWS * heads * block_r // 256)),
+    )  # fmt: skip
+    return _Turned(finished, table)
+
+
+class _WindowAttention(torch.autograd.Function):
+    """Called with a spec and either a mixed projection, or queries, keys and values."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: _Spec, source: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+        layout, tile = spec.layout, spec.tiles.forward
+        q, k, v = layout.parts(source, key, value)
+        turned = _turned(spec, k)
+        out = source.new_empty(layout.sq, layout.b, layout.np, layout.hn)
+        normaliser = source.new_empty(layout.b, layout.ng, layout.sq, layout.per_group, dtype=torch.float32)
+        _launch(
+            forward_kernel, layout.query_blocks(tile.lanes),
+            query=q, key=k if turned.key is None else turned.key, value=v, out=out, normaliser=normaliser,
+            scale=spec.scale * _LOG2_E, QUERY_PLANE=_query_plane(turned), **_common(spec, turned, tile),
+        )  # fmt: skip
+        ctx.spec = spec
+        ctx.save_for_backward(source, key, value, out, normaliser, *turned)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        source, key, value, out, normaliser, *rest = ctx.saved_tensors
+        spec: _Spec = ctx.spec
+        layout, turned, grad = spec.layout, _Turned(*rest), gradients[0].contiguous()
+        q, k, v = layout.parts(source, key, value)
+        k = k if turned.key is None else turned.key
+        to = layout.gradient
+        wanted: tuple[Tensor | None, ...]
+        if key is None or value is None:
+            wanted = source.new_empty(source.shape), None, None
+        else:
+            wanted = source.new_empty(source.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+        q_grad, k_grad, v_grad = to.parts(*wanted)
+        delta = torch.empty_like(normaliser)
+        # Only a rotation leaves queries behind that differ from those that came in.
+        queries = torch.empty_like(out) if spec.rotation is not None else q
+        tile = spec.tiles.query
+        _launch(
+            query_kernel, layout.query_blocks(tile.lanes),
+            query=q, key=k, value=v, out=out, out_grad=grad, normaliser=normaliser, delta=delta,
+            query_turned=queries, query_grad=q_grad, scale=spec.scale,
+            query_grad_s=to.query[0], query_grad_b=to.query[1], query_grad_g=to.query[2], query_grad_h=to.query[3],
+            QUERY_PLANE=_query_plane(turned), **_common(spec, turned, tile),
+        )  # fmt: skip
+        tile = spec.tiles.key
+        common = _common(spec, turned, tile)
+        if spec.rotation is not None:
+            dense = layout.gradient_of_heads.query
+            common |= {"query_s": dense[0], "query_b": dense[1], "query_g": dense[2], "query_h": dense[3]}
+        _launch(
+            key_kernel, layout.key_blocks(tile.keys),
+            query=queries, key=k, value=v, out_grad=grad, normaliser=normaliser, delta=delta,
+            key_grad=k_grad, value_grad=v_grad, scale=spec.scale,
+            key_grad_s=to.key[0], key_grad_b=to.key[1], key_grad_g=to.key[2], **common,
+        )  # fmt: skip
+        return None, *wanted

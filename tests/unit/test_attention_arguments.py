@@ -1,0 +1,116 @@
+"""Which backend computes a layer's attention: by what it is able to, or by name, and else a refusal that says why."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import pytest
+
+from megacontext_megatron import attention_arguments
+from megacontext_megatron.attention_arguments import attention_config, linear_by_kernel, windows_by_kernel
+from megacontext_megatron.config import ConfigError
+from megacontext_megatron.encoding_config import BiasConfig
+
+BASE = {
+    "cpu": False, "bf16": True, "fp16": False, "attention_dropout": 0.0, "softmax_type": "vanilla",
+    "gaussian_rope_log_width_bias": False, "qk_clip": False, "kv_channels": 128, "hidden_size": 512,
+    "num_attention_heads": 4, "num_layers": 4, "seq_length": 1024, "context_parallel_size": 1,
+    "window_size": (127, 0), "window_attn_skip_freq": 4, "transformer_impl": "local", "deterministic_mode": False,
+    "mc_window_backend": "auto", "mc_global_backend": "auto", "mc_reach_skip": False, "mc_encoding": "rope",
+    "mc_gist_span_head": False, "grape_a": False, "grape_a_learnable": False, "grape_a_gate": "none",
+    "position_bias": [], "bias_fold": False, "retrofit": [], "qk_layernorm": False, "normalization": "RMSNorm",
+}  # fmt: skip
+TE = {"transformer_impl": "transformer_engine"}
+GRAPE = BiasConfig(name="grape-a", layers=(4,), learnable_slopes=True)
+LEARNED = {"grape_a": True, "grape_a_learnable": True}
+FIRE = BiasConfig(name="fire", layers=(4,))
+WINDOWS = ("triton",) * 3
+
+
+def given(**changes: Any) -> Namespace:
+    return Namespace(**{**BASE, **changes})
+
+
+def chosen(*biases: BiasConfig, **changes: Any) -> tuple[str, ...]:
+    return attention_config(given(**changes), biases).backends
+
+
+@pytest.mark.parametrize(
+    ("changes", "biases", "expected"),
+    [
+        ({}, (), (*WINDOWS, "cudnn")),
+        (TE, (), (*WINDOWS, "megatron")),
+        (LEARNED, (GRAPE,), (*WINDOWS, "triton")),
+        ({**TE, **LEARNED}, (GRAPE,), (*WINDOWS, "triton")),
+        ({**TE, **LEARNED, "bias_fold": True}, (GRAPE,), (*WINDOWS, "megatron")),
+        ({**LEARNED, "bias_fold": True}, (GRAPE,), (*WINDOWS, "cudnn")),
+        ({}, (FIRE,), (*WINDOWS, "megatron")),
+        ({"cpu": True, "bf16": False}, (), ("megatron",) * 4),
+        ({"bf16": False}, (), ("megatron",) * 4),
+        ({"attention_dropout": 0.1}, (), ("megatron",) * 4),
+        ({"kv_channels": 96}, (), ("megatron",) * 3 + ("cudnn",)),
+        ({"kv_channels": 192}, (), ("megatron",) * 4),
+        ({"deterministic_mode": True}, (), (*WINDOWS, "triton")),
+        ({"context_parallel_size": 2}, (), (*WINDOWS, "triton")),
+        ({"context_parallel_size": 8}, (), ("megatron",) * 3 + ("triton",)),
+        ({"window_size": (127, 1)}, (), ("megatron",) * 3 + ("cudnn",)),
+        ({"window_size": None, "window_attn_skip_freq": None}, (), ("cudnn",) * 4),
+        ({"mc_window_backend": "megatron", "mc_global_backend": "triton"}, (), ("megatron",) * 3 + ("triton",)),
+        ({"mc_encoding": None}, (), ()),
+    ],
+)
+def test_the_first_that_is_able_is_chosen(changes: dict[str, Any], biases: tuple[BiasConfig, ...], expected: tuple):
+    assert chosen(*biases, **changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "biases", "said"),
+    [
+        ({"mc_global_backend": "cudnn", **LEARNED}, (GRAPE,), "--mc-global-backend cudnn .* layer 4: it adds no bias"),
+        ({"mc_global_backend": "cudnn", "context_parallel_size": 2}, (), "one context-parallel rank's rows"),
+        ({"mc_global_backend": "flex", **LEARNED}, (GRAPE,), "hundreds of times slower"),
+        ({"mc_global_backend": "triton"}, (FIRE,), "linear in the distance"),
+        ({"mc_window_backend": "triton", "cpu": True}, (), "--mc-window-backend triton .* layer 1: it runs on a GPU"),
+        ({"mc_window_backend": "triton", "bf16": False}, (), "half precision"),
+        ({"mc_window_backend": "triton", "attention_dropout": 0.1}, (), "no dropout"),
+        ({"mc_window_backend": "triton", "softmax_type": "off-by-one"}, (), "--softmax-type off-by-one"),
+        ({"mc_window_backend": "triton", "window_size": (127, 1)}, (), "end at a row itself"),
+        ({"mc_window_backend": "triton", "window_size": (-1, 0)}, (), "--window-size"),
+        ({"mc_window_backend": "triton", "context_parallel_size": 8}, (), "longer than the 64 rows of a chunk"),
+        ({"mc_window_backend": "triton", "kv_channels": 96}, (), "64 or 128 channels, not of 96"),
+        ({"mc_window_backend": "flex", "window_size": None}, (), "no layer attends to a window"),
+        ({"mc_global_backend": "flash4"}, (), "flash-attn-4 is not installed"),
+        ({**TE}, (FIRE,), "layer 4 has no attention to run in"),
+        ({**LEARNED, "mc_gist_span_head": True, **TE}, (GRAPE,), "--mc-gist-span-head moves them"),
+        ({"mc_reach_skip": True, **LEARNED}, (GRAPE,), "--mc-reach-skip needs --qk-layernorm"),
+        ({"mc_reach_skip": True, "qk_layernorm": True}, (), "--mc-reach-skip has no effect: no layer has a linear"),
+        ({"mc_encoding": None, "mc_reach_skip": True}, (), "--mc-reach-skip has no effect without"),
+        ({"mc_encoding": None, "mc_window_backend": "flex"}, (), "--mc-window-backend has no effect without"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    changes: dict[str, Any], biases: tuple[BiasConfig, ...], said: str, monkeypatch: pytest.MonkeyPatch
+):
+    known = attention_arguments.find_spec
+    monkeypatch.setattr(attention_arguments, "find_spec", lambda name: None if "flash" in name else known(name))
+    with pytest.raises(ConfigError, match=said):
+        chosen(*biases, **changes)
+
+
+def test_reach_is_skipped_where_norms_bound_scores():
+    config = attention_config(given(**LEARNED, mc_reach_skip=True, qk_layernorm=True), (GRAPE,))
+    assert config.reach_skip and config.backend_of(4) == "triton" and config.backend_of(5) == "megatron"
+    folded = given(**LEARNED, mc_reach_skip=True, qk_layernorm=True, bias_fold=True, mc_global_backend="triton")
+    assert attention_config(folded, (GRAPE,)).reach_skip
+
+
+def test_typed_arguments_tell_what_the_kernel_will_do():
+    assert windows_by_kernel(given(kv_channels=None)) and not windows_by_kernel(
+        given(kv_channels=None, hidden_size=None)
+    )
+    assert not windows_by_kernel(given(mc_window_backend="megatron"))
+    assert linear_by_kernel(given(**LEARNED)) and linear_by_kernel(given(retrofit=["stretch", "alibi-lora"]))
+    assert not linear_by_kernel(given(grape_a=True, grape_a_gate="k"))
+    assert not linear_by_kernel(given(position_bias=["alibi", "t5"]))
+    assert not linear_by_kernel(given(position_bias=["alibi"], cpu=True))
