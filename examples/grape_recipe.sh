@@ -14,8 +14,9 @@
 #   LAYERS HIDDEN HEADS QUERY_GROUPS FFN EXPERTS TOPK EXPERT_FFN ROWS HISTORY STEPS BATCH
 #   MICRO_BATCH LR SEED      sizes, whose defaults are below; layouts, data and the rest: flags
 #
-# Starts through scripts/train.sh, whose variables apply. Biases on scores run in dense attention
-# alone at present, which is why --transformer-impl is local, on a GPU too.
+# Starts through scripts/train.sh, whose variables apply. On a GPU windows and slopes run in the
+# plugin's kernels, on either of Megatron's layers; --transformer-impl transformer_engine makes the
+# rest of a layer faster where that package is installed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/environment.sh

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
+import torch
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megacontext_megatron.attention_config import MEGATRON, AttentionConfig
@@ -18,6 +19,7 @@ from megacontext_megatron.config import ConfigError
 from megacontext_megatron.encoding_config import LINEAR_BIASES, BiasConfig
 
 Namespace = argparse.Namespace
+_HOPPER = (9, 0)
 Bias = Literal["none", "folded", "linear", "other"]
 
 
@@ -76,6 +78,8 @@ def no_kernel(args: Namespace) -> str | None:
 def _own(need: Need) -> Iterator[str]:
     if find_spec("triton") is None:
         yield "the package triton is not installed"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < _HOPPER:
+        yield "its tiles fill the shared memory of GPUs of compute capability 9 and above"
     if need.head_dim not in (64, 128):
         yield f"it serves heads of 64 or 128 channels, not of {need.head_dim}"
     if need.bias == "other":

@@ -189,8 +189,8 @@ class RunningFlags:
     """Run without a GPU: gloo, Megatron's local layers, and the flags both need."""
 
     mc_backend: Literal["auto", "triton", "torch"] = "auto"
-    """What rotates queries and keys by their spans: the fused kernel (triton), plain PyTorch (torch), or the kernel
-    on a GPU where it covers the options (auto)."""
+    """What rotates queries and keys by their spans, and pools blocks for GistNet's slots: the fused kernels (triton),
+    plain PyTorch (torch), or the kernels on a GPU where they cover the options (auto)."""
 
     mc_window_backend: WindowBackend = "auto"
     """What computes attention on layers with a sliding window: the plugin's kernel (triton), FlashAttention-4,

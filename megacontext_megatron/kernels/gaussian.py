@@ -49,7 +49,7 @@ class FusedGaussianRotary(GaussianRotary):
 
     def rotation(self, carrier: Tensor) -> RowRotation:
         """Return what rotates queries and keys inside attention; gives places no gradient."""
-        centre, sigma, offset = (part if part is None else part.detach() for part in carried_places(carrier))
+        centre, sigma, offset = carried_places(carrier.detach())
         places = RowPlaces(
             doubled_centre=centre, sigma=sigma.float(), offset=None if offset is None else offset.float()
         )

@@ -72,7 +72,7 @@ def choose_tiles(head_dim: int) -> Tiles:
     """Return how the kernels run for heads of 64 or 128 channels; rows of queries divide one another."""
     if head_dim <= 64:
         return Tiles(Launch(128, 128, 8, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3))
-    return Tiles(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 2))
+    return Tiles(Launch(128, 128, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2))
 
 
 def why_unsupported(heads: int, groups: int, head_dim: int, dtype: torch.dtype, *, interpreted: bool) -> str | None:

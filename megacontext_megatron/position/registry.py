@@ -40,8 +40,16 @@ _ROTATED = (
     "local with CP: dense, gathered keys",
     "transformer_engine: FlashAttention or cuDNN",
     "transformer_engine with CP: ring, all-to-all, all-gather",
+    "triton; with CP: windows by halo, else gathered keys",
+    "cudnn, flash4, flex",
 )
 _BIASED = ("local: dense, biased", "local with CP: dense, biased, gathered keys")
+_ON_SCORES = (*_BIASED, "triton; with CP: gathered keys")
+_LINEAR = (
+    *_ON_SCORES,
+    "--bias-fold: transformer_engine, cudnn, flash4, flex",
+    "--bias-fold with CP: ring, all-to-all, all-gather",
+)
 
 PROOFS = {
     "Gaussian": "tests/full/test_layouts.py, tests/gpu",
@@ -50,6 +58,8 @@ PROOFS = {
     "contextual": "tests/full/test_encoding_layouts.py (grapem, contextual)",
     "additive": "tests/full/test_encoding_layouts.py (learned_absolute)",
     "bias": "tests/full/test_encoding_layouts.py (six biases at once)",
+    "linear bias": "tests/full/test_encoding_layouts.py (six biases at once), tests/full/test_folded_layouts.py, "
+    "tests/integration/test_attention_kernels.py, tests/gpu/test_attention_training.py",
     "row scan": "tests/full/test_encoding_layouts.py (cope)",
     "paths": "tests/full/test_encoding_layouts.py (grape-ap on tokens)",
     "retrofit": "tests/integration/test_retrofit.py, tests/full/test_retrofit_layouts.py",
@@ -147,7 +157,16 @@ ENTRIES = (
 """What `--position-embedding-type` takes.  Megatron's own code runs a stock name without flags of the plugin."""
 
 BIAS_ENTRIES = (
-    *(_bias(name) for name in ("alibi", "grape-a", "t5", "fire", "fox", "slow-bands")),
+    *(
+        Encoding(
+            name=name,
+            mechanism="linear bias",
+            supported=_LAYOUTS | {"spans", "distributed optimizer"},
+            backends=_LINEAR,
+        )
+        for name in ("alibi", "grape-a")
+    ),
+    *(_bias(name) for name in ("t5", "fire", "fox", "slow-bands")),
     _bias(
         "cope",
         mechanism="row scan",
@@ -160,11 +179,12 @@ BIAS_ENTRIES = (
         refused=frozenset({"context parallel", "spans"}),
         untested=_LAYOUTS - {"tensor parallel", "sequence parallel", "recompute"} | {"distributed optimizer"},
     ),
-    _bias(
-        "alibi-lora",
+    Encoding(
+        name="alibi-lora",
         mechanism="retrofit",
-        refused=frozenset({"distributed optimizer"}),
-        untested=frozenset({"context parallel", "spans"}),
+        supported=_LAYOUTS - {"context parallel"},
+        refused=_ALWAYS_REFUSED | {"distributed optimizer"},
+        backends=_ON_SCORES,
     ),
 )
 """What `--position-bias` takes, and the bias of `--retrofit alibi-lora`."""

@@ -33,6 +33,7 @@ from tests.small import command
 
 pytestmark = pytest.mark.full
 
+COMPARED_STEPS = 10
 TERMS: Flags = {"mc_loss_kl": 1.0, "mc_loss_contrast": 0.5, "mc_loss_pooling": 1.0, "mc_teacher": "cache"}
 PER_TOKEN: Flags = {"calculate_per_token_loss": True, "eod_mask_loss": True}
 FORWARD: Flags = {"mc_teacher": "forward", "mc_teacher_path": None, "mc_loss_pooling": None}
@@ -79,7 +80,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> References:
 
 @pytest.mark.parametrize("layout", [*ALL, *OTHERS], ids=str)
 def test_agrees_with_one_process(taught: References, tmp_path: Path, layout: Layout) -> None:
-    result = taught.agrees(layout, tmp_path)
+    result = taught.agrees(layout, tmp_path, steps=COMPARED_STEPS)
     terms = {"advantage", "kl", "contrast"} | ({"pooling"} if layout.family != "forward" else set())
     assert {tag.rpartition("/")[2] for tag in result.tags("mc/term/")} == terms
     assert all(max(result.scalars(tag)) > 0 for tag in result.tags("mc/term/"))

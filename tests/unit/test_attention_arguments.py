@@ -100,17 +100,19 @@ def test_what_cannot_be_is_refused(
 
 def test_reach_is_skipped_where_norms_bound_scores():
     config = attention_config(given(**LEARNED, mc_reach_skip=True, qk_layernorm=True), (GRAPE,))
-    assert config.reach_skip and config.backend_of(4) == "triton" and config.backend_of(5) == "megatron"
+    assert config.reach_skip
+    assert config.backend_of(4) == "triton"
+    assert config.backend_of(5) == "megatron"
     folded = given(**LEARNED, mc_reach_skip=True, qk_layernorm=True, bias_fold=True, mc_global_backend="triton")
     assert attention_config(folded, (GRAPE,)).reach_skip
 
 
 def test_typed_arguments_tell_what_the_kernel_will_do():
-    assert windows_by_kernel(given(kv_channels=None)) and not windows_by_kernel(
-        given(kv_channels=None, hidden_size=None)
-    )
+    assert windows_by_kernel(given(kv_channels=None))
+    assert not windows_by_kernel(given(kv_channels=None, hidden_size=None))
     assert not windows_by_kernel(given(mc_window_backend="megatron"))
-    assert linear_by_kernel(given(**LEARNED)) and linear_by_kernel(given(retrofit=["stretch", "alibi-lora"]))
+    assert linear_by_kernel(given(**LEARNED))
+    assert linear_by_kernel(given(retrofit=["stretch", "alibi-lora"]))
     assert not linear_by_kernel(given(grape_a=True, grape_a_gate="k"))
     assert not linear_by_kernel(given(position_bias=["alibi", "t5"]))
     assert not linear_by_kernel(given(position_bias=["alibi"], cpu=True))

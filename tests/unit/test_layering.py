@@ -22,7 +22,10 @@ STAGES = (
     "retrofit",
 )
 ANYWHERE = {"attention_config", "config", "encoding_config", "encoding_flags"}
-LIGHT = ("__init__", "argv", "attention_config", "config", "encoding_config", "doctor", "evaluate", "pretrain", "teacher")
+LIGHT = (
+    *("__init__", "argv", "attention_config", "config", "encoding_config"),
+    *("doctor", "evaluate", "pretrain", "teacher"),
+)
 """Top-level files that other processes import before torch may be loaded."""
 HEAVY = ("torch", "megatron")
 LONGEST_FILE = 400
