@@ -20,6 +20,8 @@ Device = torch.device | str
 PAGE = 32
 PRECISION = 1e-6
 """Of cosine and sine, on which the rotary kernels have their own tests."""
+FUSED = 2.0**-22
+"""Of the largest product, what fusing it or not leaves of a sum that cancels, fp32."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -111,8 +113,21 @@ def tensors_of(cache: PagedCache) -> list[Tensor]:
     return [cache.key, cache.value, spans.start, spans.width, spans.level, spans.modality, *words]
 
 
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Return whether two launches found the same: the same bits, but for heads on a GPU.
+
+    There a compiler fuses multiplications with additions as it likes, in each kernel its own, so that a sum of two
+    products differs in fp32, and after rounding by at most one unit in the last place.
+    """
+    if not found.is_floating_point() or not found.is_cuda:
+        return torch.equal(found, expected)
+    apart = (found.double() - expected.double()).abs()
+    size = expected.double().abs()
+    return bool((apart <= torch.finfo(found.dtype).eps * size + FUSED * size.max()).all())
+
+
 def check_bits(setting: Setting) -> None:
-    """Assert that all that is stored has the bits of the separate launch, and that nothing else is touched."""
+    """Assert that all that is stored is what the separate launch finds, and that nothing else is touched."""
     query, key, value = setting.separately()
     expected = setting.held()
     page, line = setting.lines()
@@ -123,18 +138,18 @@ def check_bits(setting: Setting) -> None:
     for held, new in zip(expected, (key, value, start, width, level, modality, *words), strict=True):
         held[page, line] = new.to(held.dtype)
     found = setting.append()
-    assert torch.equal(found, query)
-    assert all(map(torch.equal, setting.held(), expected))
+    assert alike(found, query)
+    assert all(map(alike, setting.held(), expected))
 
 
 def check_forms_agree(case: Case, device: Device, few: Callable[[int], None]) -> None:
-    """Assert that rows give the same bits whether their heads are shared out over programs; `few` sets up to where."""
+    """Assert that rows give the same whether their heads are shared out over programs; `few` sets up to where."""
     results = []
     for limit in (0, case.s * case.b):
         few(limit)
         setting = Setting.of(case, device)
         results.append([setting.append(), *setting.held()])
-    assert all(map(torch.equal, *results))
+    assert all(map(alike, *results))
 
 
 def check_keys_alone(case: Case, device: Device = "cpu") -> None:
@@ -189,7 +204,7 @@ def check_what_is_not_stored(case: Case, device: Device = "cpu") -> None:
         {"page_table": -1 - table},
         {"page_table": table + len(setting.cache.key)},
     ):
-        assert torch.equal(setting.append(**changes), query)
+        assert alike(setting.append(**changes), query)
         assert all(map(torch.equal, setting.held(), before)), changes
     kept = torch.arange(case.s, device=index.device) % 2 == 0
     setting.append(index=torch.where(kept[:, None], index, -1))

@@ -115,8 +115,9 @@ class Finish:
 def append_split(mixed: Tensor, rows: NewRows, finish: Finish, cache: PagedCache) -> Tensor:
     """Store keys and values of Megatron's mixed projection and return finished queries [s, b, np, hn].
 
-    `mixed` is [s, b, ng, (np / ng + 2) hn].  Queries, and keys and values as stored, have the bits of
-    kernels.rotary.split_span_rotary.  One launch without a wait for the host, so that it may be part of a CUDA graph;
+    `mixed` is [s, b, ng, (np / ng + 2) hn].  Queries, and keys and values as stored, are those of
+    kernels.rotary.split_span_rotary, to one unit in the last place where compilers fuse products and sums differently.
+    One launch without a wait for the host, so that it may be part of a CUDA graph;
     it has no gradient.  Raises ValueError for what does not fit, and where a gradient is wanted.
     """
     mixed = mixed.contiguous()

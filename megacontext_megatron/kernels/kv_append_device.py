@@ -1,7 +1,8 @@
 """The kernel that finishes new rows and stores their keys, values and spans in pages, in one launch.
 
-Arithmetic and tiles are those of the span rotary's forward kernel, so that what is stored has its bits.  What can be
-read at once is read first, because a few rows take as long as their longest chain of reads.
+Arithmetic and tiles are those of the span rotary's forward kernel, so that what is stored is the same, but for products
+and sums that a compiler fuses in one and not in the other.  What can be read at once is read first, because a few rows
+take as long as their longest chain of reads.
 """
 
 # Names in capitals are compile-time constants, as in all Triton code.

@@ -15,6 +15,7 @@ from megacontext_megatron.kernels.rotary_arguments import RotaryOptions, RotaryT
 from megacontext_megatron.kernels.window_backward import key_kernel, query_kernel
 from megacontext_megatron.kernels.window_forward import forward_kernel
 from megacontext_megatron.kernels.window_layout import WindowLayout, dense_channels
+from megacontext_megatron.kernels.window_near_forward import near_kernel
 from megacontext_megatron.kernels.window_rotation import rotate_keys
 
 __all__ = [
@@ -32,6 +33,8 @@ _LOG2_E = 1.4426950408889634
 _MOST_PACKED = 128
 _ROTATED_ROWS = 4
 """Of keys, handled at once by a program."""
+_FEWEST_ROWS = 16
+"""That a matrix product takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +49,9 @@ class RowRotation:
 class Tile(NamedTuple):
     """How a kernel runs: lanes (a query head of a row each) and keys of a tile, warps, stages of its pipeline.
 
-    `mask_all` is whether every tile is masked, or only those at an edge, which costs a branch.
+    `mask_all` is whether every tile is masked, or only those at an edge, which costs a branch.  `near`, of the forward
+    kernel, is whether `keys` are the whole window before a tile's rows, computed at once; then `walk` programs of a
+    multiprocessor own all tiles, or with 0 a program owns one, and `registers`, a multiple of 8, may bound a thread's.
     """
 
     lanes: int
@@ -54,6 +59,9 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     mask_all: bool = False
+    near: bool = False
+    walk: int = 0
+    registers: int | None = None
 
 
 class Tiles(NamedTuple):
@@ -68,9 +76,9 @@ def choose_tiles(head_dim: int, per_group: int, look_back: int) -> Tiles:
     """Return how the kernels run for heads of 64 or 128 channels, `per_group` queries to a key, and a window."""
     # A tile of lanes sees its own rows besides the window, so few rows waste little, and many heads make up for them.
     narrow = look_back < 256 and per_group > 1
-    forward = Tile(128, 32 if narrow else 64, 4, 3)
-    query = Tile(128, 32 if narrow else 64, 8, 2)
-    key = Tile(64, 64, 4, 2)
+    forward = Tile(64, 32, 4, 3) if narrow else Tile(128, 64, 4, 3)
+    query = Tile(64, 32, 4, 2) if narrow else Tile(128, 64, 8, 2)
+    key = Tile(64, 64, 4, 2, True)
     if head_dim <= 64:
         key = Tile(128, 64, 4, 2)
     return Tiles(forward, query, key)
@@ -170,14 +178,15 @@ def _attention(
         why = f"places of {places} rows do not fit {layout.sk} rows of {layout.b} sequences"
     if why is None and look_back < 0:
         why = f"a query looks {look_back} rows back"
+    chosen = choose_tiles(head_dim, heads // groups, look_back) if tiles is None else tiles
+    seen = min(look_back, max(layout.sk - 1, 0))
+    if why is None and chosen.forward.near and seen > chosen.forward.keys:
+        why = f"a tile of {chosen.forward.keys} keys does not hold the {seen} rows that a query looks back"
     if why is None and not scale > 0:
         why = f"scores are scaled by {scale}, which is not positive"
     if why is not None:
         raise ValueError(why)
-    chosen = choose_tiles(head_dim, heads // groups, look_back) if tiles is None else tiles
-    spec = _Spec(
-        layout=layout, look_back=min(look_back, max(layout.sk - 1, 0)), scale=scale, rotation=rotation, tiles=chosen
-    )
+    spec = _Spec(layout=layout, look_back=seen, scale=scale, rotation=rotation, tiles=chosen)
     return _WindowAttention.apply(spec, *sources)
 
 
@@ -212,7 +221,7 @@ def _common(spec: _Spec, turned: _Turned, tile: Tile) -> dict[str, Any]:
         "key_s": key[0], "key_b": key[1], "key_g": key[2],
         "value_s": layout.value[0], "value_b": layout.value[1], "value_g": layout.value[2],
         "NG": layout.ng, "GROUP": layout.per_group, "PACK": layout.packed, "HN": layout.hn,
-        "LANES": max(tile.lanes, layout.packed), "KEYS": tile.keys, "MASK_ALL": tile.mask_all,
+        "LANES": max(tile.lanes, layout.packed), "KEYS": tile.keys,
         "ROTATE": rotation is not None, "TABLE_GROUPS": 1 if table is None else table.shape[2],
         "R": 1 if table is None else table.shape[3],
         "INTERLEAVED": rotation is not None and rotation.options.interleaved,
@@ -225,9 +234,9 @@ def _query_plane(turned: _Turned) -> int:
     return 2 if turned.table is not None and len(turned.table) > 2 else 0
 
 
-def _launch(kernel: Any, blocks: int, **arguments: Any) -> None:
-    if blocks:
-        kernel[(blocks,)](**arguments)
+def _launch(kernel: Any, programs: int, /, **arguments: Any) -> None:
+    if programs:
+        kernel[(programs,)](**arguments)
 
 
 def _turned(spec: _Spec, key: Tensor) -> _Turned:
@@ -265,21 +274,40 @@ def _turned(spec: _Spec, key: Tensor) -> _Turned:
     return _Turned(finished, table)
 
 
+def _launch_forward(spec: _Spec, turned: _Turned, **tensors: Tensor) -> None:
+    """Launch one of the two forward kernels."""
+    layout, tile = spec.layout, spec.tiles.forward
+    arguments = _common(spec, turned, tile) | {"scale": spec.scale * _LOG2_E, "QUERY_PLANE": _query_plane(turned)}
+    if not tile.near:
+        blocks = layout.query_blocks(tile.lanes)
+        _launch(forward_kernel, blocks, **tensors, **arguments, MASK_ALL=tile.mask_all)
+        return
+    lanes = max(tile.lanes, _FEWEST_ROWS * layout.packed)
+    blocks = layout.query_blocks(lanes)
+    programs = min(blocks, tile.walk * _multiprocessors(tensors["query"].device)) if tile.walk else blocks
+    limits = {} if tile.registers is None else {"maxnreg": tile.registers}
+    _launch(
+        near_kernel, programs, **tensors, **(arguments | {"LANES": lanes}), blocks=blocks, WALK=tile.walk > 0, **limits
+    )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 class _WindowAttention(torch.autograd.Function):
     """Called with a spec and either a mixed projection, or queries, keys and values."""
 
     @staticmethod
     def forward(ctx: Any, spec: _Spec, source: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
-        layout, tile = spec.layout, spec.tiles.forward
+        layout = spec.layout
         q, k, v = layout.parts(source, key, value)
         turned = _turned(spec, k)
         out = source.new_empty(layout.sq, layout.b, layout.np, layout.hn)
         normaliser = source.new_empty(layout.b, layout.ng, layout.sq, layout.per_group, dtype=torch.float32)
-        _launch(
-            forward_kernel, layout.query_blocks(tile.lanes),
-            query=q, key=k if turned.key is None else turned.key, value=v, out=out, normaliser=normaliser,
-            scale=spec.scale * _LOG2_E, QUERY_PLANE=_query_plane(turned), **_common(spec, turned, tile),
-        )  # fmt: skip
+        _launch_forward(
+            spec, turned, query=q, key=k if turned.key is None else turned.key, value=v, out=out, normaliser=normaliser
+        )
         ctx.spec = spec
         ctx.save_for_backward(source, key, value, out, normaliser, *turned)
         return out
@@ -308,10 +336,10 @@ class _WindowAttention(torch.autograd.Function):
             query=q, key=k, value=v, out=out, out_grad=grad, normaliser=normaliser, delta=delta,
             query_turned=queries, query_grad=q_grad, scale=spec.scale,
             query_grad_s=to.query[0], query_grad_b=to.query[1], query_grad_g=to.query[2], query_grad_h=to.query[3],
-            QUERY_PLANE=_query_plane(turned), **_common(spec, turned, tile),
+            MASK_ALL=tile.mask_all, QUERY_PLANE=_query_plane(turned), **_common(spec, turned, tile),
         )  # fmt: skip
         tile = spec.tiles.key
-        common = _common(spec, turned, tile)
+        common = _common(spec, turned, tile) | {"MASK_ALL": tile.mask_all}
         if spec.rotation is not None:
             dense = layout.gradient_of_heads.query
             common |= {"query_s": dense[0], "query_b": dense[1], "query_g": dense[2], "query_h": dense[3]}

@@ -38,21 +38,22 @@ def pass_values(
 def attention_checks(
     values: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str, scale: float = 1.0
 ) -> list[Check]:
-    """Compare with the oracle vector by vector, `d query` relative to its length and that of what cancels in it.
+    """Compare with the oracle vector by vector, `d query` and `d key` relative to length and to what cancels in them.
 
-    A query's gradient is a sum over keys of weight times (do.v - do.out) k.  Every backward reads `out` rounded to
-    bf16, which shifts all of these differences alike, by as much as 2^-9 |do| |out|; where few keys are seen that does
-    not shrink with the gradient.
+    They are sums of weight times (do.v - do.out), over keys times k and over queries times q.  Every backward reads
+    `out` rounded to bf16, which shifts such a difference by as much as 2^-9 |do| |out|; where v and out are alike, as
+    for a row's own key, that does not shrink with the gradient.
     """
-    others = {name: x for name, x in expected.items() if name not in ("d query", PARTS)}
+    others = {name: x for name, x in expected.items() if name not in (*PARTS, *PARTS.values())}
     checks = compared(values, others, prefix, scale)
-    if "d query" in expected:
-        error = _query_error(values.get("d query"), expected["d query"], expected[PARTS])
-        checks.append(Check(name=f"{prefix}d query", error=error, tolerance=VECTORS * scale))
+    for name, parts in PARTS.items():
+        if name in expected:
+            error = _cancelling_error(values.get(name), expected[name], expected[parts])
+            checks.append(Check(name=f"{prefix}{name}", error=error, tolerance=VECTORS * scale))
     return checks
 
 
-def _query_error(value: Tensor | None, reference: Tensor, parts: Tensor) -> float:
+def _cancelling_error(value: Tensor | None, reference: Tensor, parts: Tensor) -> float:
     if value is None or value.shape != reference.shape:
         return math.inf
     length = reference.norm(dim=-1) + parts

@@ -14,8 +14,9 @@ CHUNK = 512
 """Queries that are computed at a time in a window."""
 
 HEADS = ("query", "key", "value")
-PARTS = "parts of d query"
-"""scale |do| |out| |mean key| of each query, [n, b, np]: the length of two sums whose difference is in `d query`."""
+PARTS = {"d query": "parts of d query", "d key": "parts of d key"}
+"""Lengths of two sums whose difference is in a gradient: scale |do| |out| |mean key| of each query, [n, b, np], and the
+sum of scale weight |do| |out| |query| over the queries that see a key, [m, b, ng]."""
 
 _PLACES = ("doubled_centre", "sigma", "offset")
 
@@ -47,6 +48,16 @@ def parts_of_query(heads: Mapping[str, Tensor], out: Tensor, upstream: Tensor, b
     return scale * upstream.double().norm(dim=-1) * out.detach().norm(dim=-1) * mean_key.norm(dim=-1)
 
 
+def parts_of_key(heads: Mapping[str, Tensor], out: Tensor, upstream: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Return PARTS for the keys, whose weights in a sum over queries are those of values."""
+    lengths = upstream.double().norm(dim=-1) * out.detach().norm(dim=-1) * heads["query"].detach().norm(dim=-1)
+    ones = torch.ones_like(heads["key"][..., :1].detach()).requires_grad_()
+    query, key = heads["query"].detach(), heads["key"].detach()
+    with torch.enable_grad():
+        [found] = torch.autograd.grad(attend(query, key, ones, bias, scale), [ones], lengths.unsqueeze(-1))
+    return scale * found.squeeze(-1)
+
+
 def hidden_keys(rows: Tensor, columns: Tensor, look_back: int | None) -> Tensor:
     """Return 0 where row i of `rows` sees row j of `columns` and -inf elsewhere, float64 [n, m]."""
     apart = rows[:, None] - columns
@@ -61,6 +72,7 @@ def windowed(given: Mapping[str, Tensor], upstream: Tensor, rule: Rule) -> Tenso
     """
     assert rule.look_back is not None
     totals = {f"d {name}": torch.zeros_like(given[name], dtype=torch.float64) for name in HEADS}
+    totals[PARTS["d key"]] = torch.zeros(given["key"].shape[:3], dtype=torch.float64, device=upstream.device)
     outputs, parts = [], []
     for start in range(0, len(upstream), CHUNK):
         end, first = min(start + CHUNK, len(upstream)), max(0, start - rule.look_back)
@@ -74,8 +86,10 @@ def windowed(given: Mapping[str, Tensor], upstream: Tensor, rule: Rule) -> Tenso
         for name, gradient in zip(leaves, gradients, strict=True):
             totals[f"d {name}"][spans[name]] += gradient
         outputs.append(out.detach())
-        parts.append(parts_of_query(turned, out, upstream[start:end], bias, rule.scale))
-    return {"output": torch.cat(outputs), PARTS: torch.cat(parts), **totals}
+        known = turned, out, upstream[start:end], bias, rule.scale
+        parts.append(parts_of_query(*known))
+        totals[PARTS["d key"]][spans["key"]] += parts_of_key(*known)
+    return {"output": torch.cat(outputs), PARTS["d query"]: torch.cat(parts), **totals}
 
 
 def _turned(heads: Tensor, given: Mapping[str, Tensor], rows: slice) -> Tensor:
@@ -100,7 +114,7 @@ def sampled(
     """Return `output` [n, b, np, hn] of the queries `rows` (int64 [n]) against all keys, and gradients of the `wanted`.
 
     `slopes` [np] and `doubled_centre` [s, b], where given, add slope (mu_k - mu_q) to scores.  `upstream` is the
-    gradient of those n outputs alone; `d query` is that of the n queries, with PARTS beside it.
+    gradient of those n outputs alone; `d query` is that of the n queries.  PARTS are beside the gradients.
     """
     names = (*HEADS, *(["slopes"] if "slopes" in given else []))
     leaves = {n: (given[n][rows] if n == "query" else given[n]).detach().double() for n in names}
@@ -114,8 +128,9 @@ def sampled(
     out = attend(leaves["query"], leaves["key"], leaves["value"], bias, rule.scale)
     gradients = torch.autograd.grad(out, asked, upstream.double()) if asked else ()
     found = {"output": out.detach(), **{f"d {n}": g for n, g in zip(wanted, gradients, strict=True)}}
-    if "d query" in found:
-        found[PARTS] = parts_of_query(leaves, out, upstream, bias.detach(), rule.scale)
+    for name, parts in (("d query", parts_of_query), ("d key", parts_of_key)):
+        if name in found:
+            found[PARTS[name]] = parts(leaves, out, upstream, bias.detach(), rule.scale)
     return found
 
 

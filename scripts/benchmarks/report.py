@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from scripts.benchmarks.results import GroupResult, Ratio, Row
+from scripts.benchmarks.results import Check, GroupResult, Ratio, Row
 
 
 def group_lines(result: GroupResult) -> Iterator[str]:
@@ -13,7 +13,7 @@ def group_lines(result: GroupResult) -> Iterator[str]:
     yield f"## {result.group}: {result.title} ({result.seconds:.0f} s)"
     yield ""
     if result.checks:
-        worst = max(result.checks, key=lambda c: c.error / c.tolerance)
+        worst = max(result.checks, key=_closeness)
         failed = sum(not check.passed for check in result.checks)
         yield (
             f"Gates: {len(result.checks) - failed} of {len(result.checks)} passed; closest to its tolerance "
@@ -25,6 +25,13 @@ def group_lines(result: GroupResult) -> Iterator[str]:
     if result.rows:
         yield from ("", *_reading_lines(result.rows), "", *_ratio_lines(result.rows))
     yield ""
+
+
+def _closeness(check: Check) -> float:
+    """Return an error in tolerances; where none is tolerated, infinity for any."""
+    if check.tolerance:
+        return check.error / check.tolerance
+    return math.inf if check.error else 0.0
 
 
 def _reading_lines(rows: tuple[Row, ...]) -> Iterator[str]:

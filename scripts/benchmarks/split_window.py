@@ -1,7 +1,7 @@
 """Group M: a window layer's attention with its rows split over two GPUs, against half of one GPU's time.
 
-Each rank holds two zigzag chunks and fetches the 127 rows before each from whoever has them.  Of two GPUs each lacks one
-such run of rows, so it sends and receives 127 rows of keys and values: 0.52 MB a sequence each way, however long it is.
+Each rank holds two zigzag chunks and fetches the 127 rows before each from whoever has them.  Of two GPUs each lacks
+one such run of rows, so it sends and receives 127 rows of keys and values: 0.52 MB a sequence, however long it is.
 """
 
 from __future__ import annotations

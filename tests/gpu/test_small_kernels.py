@@ -35,7 +35,7 @@ POOLING = pooling_checks.Case(n=300, heads=8, hn=64, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_is_stored_has_the_bits_of_the_separate_launch(case):
+def test_what_is_stored_is_what_the_separate_launch_finds(case):
     append_checks.check_bits(Setting.of(case, DEVICE))
 
 
@@ -50,7 +50,7 @@ def test_keys_are_those_of_the_definition(interleaved):
 
 
 @pytest.mark.parametrize("norm", ["", "plain"])
-def test_sharing_heads_out_changes_no_bit(norm, monkeypatch):
+def test_sharing_heads_out_changes_nothing(norm, monkeypatch):
     case = dataclasses.replace(HEADS, norm=norm)
     append_checks.check_forms_agree(case, DEVICE, lambda rows: monkeypatch.setattr(kv_append, "SPLIT_ROWS", rows))
 

@@ -96,13 +96,13 @@ def test_the_gate_sees_other_bits(monkeypatch):
 
     def rounded(*given):
         query = real(*given)
-        return torch.where(query.abs() == query.abs().max(), torch.nextafter(query, torch.zeros_like(query)), query)
+        return torch.where(query.abs() == query.abs().max(), query * (1 - 2.0**-18), query)
 
     parts = {name: getattr(kernels, name) for name in ("Finish", "NewRows", "PagedCache", "append_rows")}
     checks = kv_append.gate(Append(module=SimpleNamespace(**parts, append_split=rounded)), JOB)
     failed = [check.name for check in checks if not check.passed]
     assert len(failed) == 2
-    assert all(name.endswith("bits of the separate launch") for name in failed)
+    assert all(name.endswith("of the separate launch") for name in failed)
 
 
 def test_appends_move_the_bytes_of_the_design():

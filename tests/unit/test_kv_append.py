@@ -27,7 +27,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_is_stored_has_the_bits_of_the_separate_launch(case):
+def test_what_is_stored_is_what_the_separate_launch_finds(case):
     append_checks.check_bits(Setting.of(case))
 
 
