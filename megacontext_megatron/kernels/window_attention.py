@@ -50,8 +50,8 @@ class Tile(NamedTuple):
     """How a kernel runs: lanes (a query head of a row each) and keys of a tile, warps, stages of its pipeline.
 
     `mask_all` is whether every tile is masked, or only those at an edge, which costs a branch.  `near`, of the forward
-    kernel, is whether `keys` are the whole window before a tile's rows, computed at once; then `walk` programs of a
-    multiprocessor own all tiles, or with 0 a program owns one, and `registers`, a multiple of 8, may bound a thread's.
+    kernel, is whether `keys` are the whole window before a tile's rows, computed at once; then `eager` is whether values
+    are fetched before scores are known, and `registers`, a multiple of 8, may bound those of a thread.
     """
 
     lanes: int
@@ -60,7 +60,7 @@ class Tile(NamedTuple):
     stages: int
     mask_all: bool = False
     near: bool = False
-    walk: int = 0
+    eager: bool = True
     registers: int | None = None
 
 
@@ -283,16 +283,9 @@ def _launch_forward(spec: _Spec, turned: _Turned, **tensors: Tensor) -> None:
         _launch(forward_kernel, blocks, **tensors, **arguments, MASK_ALL=tile.mask_all)
         return
     lanes = max(tile.lanes, _FEWEST_ROWS * layout.packed)
-    blocks = layout.query_blocks(lanes)
-    programs = min(blocks, tile.walk * _multiprocessors(tensors["query"].device)) if tile.walk else blocks
     limits = {} if tile.registers is None else {"maxnreg": tile.registers}
-    _launch(
-        near_kernel, programs, **tensors, **(arguments | {"LANES": lanes}), blocks=blocks, WALK=tile.walk > 0, **limits
-    )
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    arguments |= {"LANES": lanes, "EAGER": tile.eager} | limits
+    _launch(near_kernel, layout.query_blocks(lanes), **tensors, **arguments)
 
 
 class _WindowAttention(torch.autograd.Function):

@@ -36,12 +36,7 @@ def product(a, b, total=None):
 @triton.jit
 def own_part(batch, NG: tl.constexpr):
     """Return the tile, sequence (int64) and query group of this program: neighbours in time share rows of memory."""
-    return part_of(tl.program_id(0), batch, NG)
-
-
-@triton.jit
-def part_of(number, batch, NG: tl.constexpr):
-    """Return the tile, sequence (int64) and query group of a part by its number."""
+    number = tl.program_id(0)
     return number // (NG * batch), tl.cast((number // NG) % batch, tl.int64), number % NG
 
 

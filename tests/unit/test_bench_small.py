@@ -96,7 +96,7 @@ def test_the_gate_sees_other_bits(monkeypatch):
 
     def rounded(*given):
         query = real(*given)
-        return torch.where(query.abs() == query.abs().max(), query * (1 - 2.0**-18), query)
+        return torch.where(query.abs() == query.abs().max(), query * (1 - 1.5 * torch.finfo(query.dtype).eps), query)
 
     parts = {name: getattr(kernels, name) for name in ("Finish", "NewRows", "PagedCache", "append_rows")}
     checks = kv_append.gate(Append(module=SimpleNamespace(**parts, append_split=rounded)), JOB)
