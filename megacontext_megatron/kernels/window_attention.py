@@ -50,8 +50,8 @@ class Tile(NamedTuple):
     """How a kernel runs: lanes (a query head of a row each) and keys of a tile, warps, stages of its pipeline.
 
     `mask_all` is whether every tile is masked, or only those at an edge, which costs a branch.  `near`, of the forward
-    kernel, is whether `keys` are the whole window before a tile's rows, computed at once; then `eager` is whether values
-    are fetched before scores are known, and `registers`, a multiple of 8, may bound those of a thread.
+    kernel, is whether `keys` are the whole window before a tile's rows, computed at once; then `eager` is whether
+    values are fetched before scores are known, and `registers`, a multiple of 8, may bound those of a thread.
     """
 
     lanes: int
