@@ -15,7 +15,6 @@ from megacontext_megatron.kernels.rotary_arguments import RotaryOptions, RotaryT
 from megacontext_megatron.kernels.window_backward import key_kernel, query_kernel
 from megacontext_megatron.kernels.window_forward import forward_kernel
 from megacontext_megatron.kernels.window_layout import WindowLayout, dense_channels
-from megacontext_megatron.kernels.window_near_forward import near_kernel
 from megacontext_megatron.kernels.window_rotation import rotate_keys
 
 __all__ = [
@@ -33,8 +32,6 @@ _LOG2_E = 1.4426950408889634
 _MOST_PACKED = 128
 _ROTATED_ROWS = 4
 """Of keys, handled at once by a program."""
-_FEWEST_ROWS = 16
-"""That a matrix product takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +46,7 @@ class RowRotation:
 class Tile(NamedTuple):
     """How a kernel runs: lanes (a query head of a row each) and keys of a tile, warps, stages of its pipeline.
 
-    `mask_all` is whether every tile is masked, or only those at an edge, which costs a branch.  `near`, of the forward
-    kernel, is whether `keys` are the whole window before a tile's rows, computed at once; then `eager` is whether
-    values are fetched before scores are known, and `registers`, a multiple of 8, may bound those of a thread.
+    `mask_all` is whether every tile is masked, or only those at an edge, which costs a branch.
     """
 
     lanes: int
@@ -59,9 +54,6 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     mask_all: bool = False
-    near: bool = False
-    eager: bool = True
-    registers: int | None = None
 
 
 class Tiles(NamedTuple):
@@ -74,7 +66,7 @@ class Tiles(NamedTuple):
 
 def choose_tiles(head_dim: int, per_group: int, look_back: int) -> Tiles:
     """Return how the kernels run for heads of 64 or 128 channels, `per_group` queries to a key, and a window."""
-    # A tile of lanes sees its own rows besides the window, so few rows waste little, and many heads make up for them.
+    # A tile of lanes sees its own rows besides the window, so few rows waste little, and small programs wait together.
     narrow = look_back < 256 and per_group > 1
     forward = Tile(64, 32, 4, 3) if narrow else Tile(128, 64, 4, 3)
     query = Tile(64, 32, 4, 2) if narrow else Tile(128, 64, 8, 2)
@@ -178,15 +170,14 @@ def _attention(
         why = f"places of {places} rows do not fit {layout.sk} rows of {layout.b} sequences"
     if why is None and look_back < 0:
         why = f"a query looks {look_back} rows back"
-    chosen = choose_tiles(head_dim, heads // groups, look_back) if tiles is None else tiles
-    seen = min(look_back, max(layout.sk - 1, 0))
-    if why is None and chosen.forward.near and seen > chosen.forward.keys:
-        why = f"a tile of {chosen.forward.keys} keys does not hold the {seen} rows that a query looks back"
     if why is None and not scale > 0:
         why = f"scores are scaled by {scale}, which is not positive"
     if why is not None:
         raise ValueError(why)
-    spec = _Spec(layout=layout, look_back=seen, scale=scale, rotation=rotation, tiles=chosen)
+    chosen = choose_tiles(head_dim, heads // groups, look_back) if tiles is None else tiles
+    spec = _Spec(
+        layout=layout, look_back=min(look_back, max(layout.sk - 1, 0)), scale=scale, rotation=rotation, tiles=chosen
+    )
     return _WindowAttention.apply(spec, *sources)
 
 
@@ -221,7 +212,7 @@ def _common(spec: _Spec, turned: _Turned, tile: Tile) -> dict[str, Any]:
         "key_s": key[0], "key_b": key[1], "key_g": key[2],
         "value_s": layout.value[0], "value_b": layout.value[1], "value_g": layout.value[2],
         "NG": layout.ng, "GROUP": layout.per_group, "PACK": layout.packed, "HN": layout.hn,
-        "LANES": max(tile.lanes, layout.packed), "KEYS": tile.keys,
+        "LANES": max(tile.lanes, layout.packed), "KEYS": tile.keys, "MASK_ALL": tile.mask_all,
         "ROTATE": rotation is not None, "TABLE_GROUPS": 1 if table is None else table.shape[2],
         "R": 1 if table is None else table.shape[3],
         "INTERLEAVED": rotation is not None and rotation.options.interleaved,
@@ -234,9 +225,9 @@ def _query_plane(turned: _Turned) -> int:
     return 2 if turned.table is not None and len(turned.table) > 2 else 0
 
 
-def _launch(kernel: Any, programs: int, /, **arguments: Any) -> None:
-    if programs:
-        kernel[(programs,)](**arguments)
+def _launch(kernel: Any, blocks: int, **arguments: Any) -> None:
+    if blocks:
+        kernel[(blocks,)](**arguments)
 
 
 def _turned(spec: _Spec, key: Tensor) -> _Turned:
@@ -274,33 +265,21 @@ def _turned(spec: _Spec, key: Tensor) -> _Turned:
     return _Turned(finished, table)
 
 
-def _launch_forward(spec: _Spec, turned: _Turned, **tensors: Tensor) -> None:
-    """Launch one of the two forward kernels."""
-    layout, tile = spec.layout, spec.tiles.forward
-    arguments = _common(spec, turned, tile) | {"scale": spec.scale * _LOG2_E, "QUERY_PLANE": _query_plane(turned)}
-    if not tile.near:
-        blocks = layout.query_blocks(tile.lanes)
-        _launch(forward_kernel, blocks, **tensors, **arguments, MASK_ALL=tile.mask_all)
-        return
-    lanes = max(tile.lanes, _FEWEST_ROWS * layout.packed)
-    limits = {} if tile.registers is None else {"maxnreg": tile.registers}
-    arguments |= {"LANES": lanes, "EAGER": tile.eager} | limits
-    _launch(near_kernel, layout.query_blocks(lanes), **tensors, **arguments)
-
-
 class _WindowAttention(torch.autograd.Function):
     """Called with a spec and either a mixed projection, or queries, keys and values."""
 
     @staticmethod
     def forward(ctx: Any, spec: _Spec, source: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
-        layout = spec.layout
+        layout, tile = spec.layout, spec.tiles.forward
         q, k, v = layout.parts(source, key, value)
         turned = _turned(spec, k)
         out = source.new_empty(layout.sq, layout.b, layout.np, layout.hn)
         normaliser = source.new_empty(layout.b, layout.ng, layout.sq, layout.per_group, dtype=torch.float32)
-        _launch_forward(
-            spec, turned, query=q, key=k if turned.key is None else turned.key, value=v, out=out, normaliser=normaliser
-        )
+        _launch(
+            forward_kernel, layout.query_blocks(tile.lanes),
+            query=q, key=k if turned.key is None else turned.key, value=v, out=out, normaliser=normaliser,
+            scale=spec.scale * _LOG2_E, QUERY_PLANE=_query_plane(turned), **_common(spec, turned, tile),
+        )  # fmt: skip
         ctx.spec = spec
         ctx.save_for_backward(source, key, value, out, normaliser, *turned)
         return out
@@ -329,10 +308,10 @@ class _WindowAttention(torch.autograd.Function):
             query=q, key=k, value=v, out=out, out_grad=grad, normaliser=normaliser, delta=delta,
             query_turned=queries, query_grad=q_grad, scale=spec.scale,
             query_grad_s=to.query[0], query_grad_b=to.query[1], query_grad_g=to.query[2], query_grad_h=to.query[3],
-            MASK_ALL=tile.mask_all, QUERY_PLANE=_query_plane(turned), **_common(spec, turned, tile),
+            QUERY_PLANE=_query_plane(turned), **_common(spec, turned, tile),
         )  # fmt: skip
         tile = spec.tiles.key
-        common = _common(spec, turned, tile) | {"MASK_ALL": tile.mask_all}
+        common = _common(spec, turned, tile)
         if spec.rotation is not None:
             dense = layout.gradient_of_heads.query
             common |= {"query_s": dense[0], "query_b": dense[1], "query_g": dense[2], "query_h": dense[3]}

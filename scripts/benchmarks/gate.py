@@ -18,7 +18,7 @@ SUMS = 2.0**-5
 """Largest error of a sum over heads or rows of bf16 products, relative to the root mean square of all such sums: the
 terms err by 2^-8 each, independently, and the worst of 10^5 sums lies within five standard deviations."""
 
-_SMALL = 1e-2
+SMALL = 1e-2
 
 
 class GateFailed(Exception):
@@ -54,7 +54,7 @@ def vector_error(value: Tensor, reference: Tensor) -> float:
         return math.inf
     error = (value.detach().double() - reference).norm(dim=-1)
     length = reference.norm(dim=-1)
-    return _greatest(error / length.clamp_min(_SMALL * _typical(length)))
+    return _greatest(error / length.clamp_min(SMALL * _typical(length)))
 
 
 def sum_error(value: Tensor, reference: Tensor) -> float:

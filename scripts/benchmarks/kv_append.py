@@ -156,7 +156,8 @@ def graphed(calls: Calls) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         kept = [call() for call in calls]
 
-    def replay(_: object = kept) -> None:
+    # A graph reads and writes where its tensors were, so whatever holds them must live as long.
+    def replay(_: object = (calls, kept)) -> None:
         graph.replay()
 
     return replay

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megacontext_megatron.kernels.window_attention import Tile, Tiles, choose_tiles, window_attention
+from megacontext_megatron.kernels.window_attention import window_attention
 from tests import window_checks
 from tests.window_cases import Case, check_against_float64, found, given_of
 
@@ -16,14 +16,6 @@ REAL = Case(sq=4096, sk=4096, b=1, np=32, ng=8, hn=128, look_back=127, dtype=tor
 RAGGED = dataclasses.replace(REAL, sq=333, sk=701, b=2, np=8, ng=2)
 TURNED = dataclasses.replace(RAGGED, rotary="halves", sigma=1, offset=True)
 MIXED = dataclasses.replace(TURNED, sq=701, mixed=True)
-_, QUERY, KEY = choose_tiles(128, 4, 127)
-NEAR = [
-    Tiles(Tile(64, 128, 4, 1, near=True), QUERY, KEY),
-    Tiles(Tile(64, 128, 4, 1, near=True, eager=False, registers=168), QUERY, KEY),
-    Tiles(Tile(128, 128, 8, 1, near=True, registers=128), QUERY, KEY),
-]
-"""A whole window at once."""
-
 CASES = [
     REAL,
     dataclasses.replace(REAL, rotary="halves", sigma=1, mixed=True),
@@ -37,7 +29,6 @@ CASES = [
     dataclasses.replace(TURNED, sigma=2, grouped_frequencies=True, percent=0.5),
     MIXED,
     dataclasses.replace(MIXED, rotary="", hn=64),
-    *(dataclasses.replace(case, tiles=tiles) for case in (RAGGED, TURNED, MIXED, REAL) for tiles in NEAR),
 ]
 
 
