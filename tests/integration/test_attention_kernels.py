@@ -7,6 +7,7 @@ back, and so for the layouts that exchange rows.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.launch import TrainResult, train
 from tests.small import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, largest, small_flags
 
 STEPS = 2
+VALIDATION = re.compile(r"lm loss value: (\S+)")
 POSITIONAL_TOLERANCE = 1e-4
 """Of positional gradients, relative to the largest: sums over all scores, whose terms cancel."""
 
@@ -54,8 +56,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Each with a window and rotary on the first layer, and a linear bias on the second."""
 
-INSIDE = ("learned slopes", "slopes by query", "spare channels")
-"""Models whose windows rotate queries and keys themselves."""
+INSIDE = "learned slopes"
+"""A model whose windows rotate queries and keys themselves when it is evaluated."""
 
 
 def through_kernels(*, kernel: bool, fault: str = "") -> Callable[[], dict[str, Any]]:
@@ -127,8 +129,7 @@ def distance(result: TrainResult, expected: TrainResult) -> float:
 def test_training_through_the_kernels_is_the_same(trained: Callable[..., TrainResult], model: str) -> None:
     plain, fused = trained(model, kernel=False), trained(model, kernel=True)
     assert plain.values[0]["launches"] == []
-    windows = "split_window_attention" if model in INSIDE else "window_attention"
-    both = {"a window everywhere": {"linear_bias_attention"}}.get(model, {windows, "linear_bias_attention"})
+    both = {"linear_bias_attention"} | ({"window_attention"} if model != "a window everywhere" else set())
     assert set(fused.values[0]["launches"]) == both
     assert distance(fused, plain) <= 1
     found, expected = slopes(fused), slopes(plain)
@@ -137,6 +138,15 @@ def test_training_through_the_kernels_is_the_same(trained: Callable[..., TrainRe
     size = max(map(abs, expected))
     worst = max(abs(x - y) for x, y in zip(found, expected, strict=True))
     assert worst <= POSITIONAL_TOLERANCE * size, (worst, size)
+
+
+def test_windows_rotate_themselves_when_evaluated(trained: Callable[..., TrainResult]) -> None:
+    evaluated = (("eval_interval", STEPS), ("eval_iters", 1))
+    fused, plain = (trained(INSIDE, kernel=kernel, layout=evaluated) for kernel in (True, False))
+    assert {"split_window_attention", "window_attention"} <= set(fused.values[0]["launches"])
+    found, expected = (list(map(float, VALIDATION.findall(result.log))) for result in (fused, plain))
+    assert found
+    assert largest(found, expected) <= LOSS_TOLERANCE
 
 
 @pytest.mark.full
