@@ -25,3 +25,7 @@ class AttentionConfig:
     def backend_of(self, layer: int) -> str:
         """Return the backend of a layer, counted from 1."""
         return self.backends[layer - 1] if layer <= len(self.backends) else MEGATRON
+
+    def backends_of(self, layers: int) -> set[str]:
+        """Return the backends of a model of so many layers."""
+        return {self.backend_of(layer) for layer in range(1, layers + 1)}

@@ -38,7 +38,7 @@ from megacontext_megatron.model.gpt import MegaContextGPTModel, build_model
 from megacontext_megatron.model.guard import GistGuard
 from megacontext_megatron.model.objective import TrainingObjective
 from megacontext_megatron.model.parallel_groups import sum_over_context, sum_partial_gradients
-from megacontext_megatron.model.step import ForwardStep
+from megacontext_megatron.model.step import ForwardStep, needs_mask
 from megacontext_megatron.model.teaching import Teacher
 from megacontext_megatron.model.validation import loss_checks
 from megacontext_megatron.retrofit.adapters import check_adapters, load_adapters
@@ -201,7 +201,7 @@ def _teacher(args: Namespace, settings: Settings) -> Teacher | None:
         settings=settings,
         vocabulary=int(cast(Any, get_tokenizer()).vocab_size),
         padded=args.padded_vocab_size // args.tensor_model_parallel_size,
-        needs_mask=args.transformer_impl == "local" and args.context_parallel_size == 1,
+        needs_mask=needs_mask(args, settings),
     )
 
 
@@ -260,7 +260,7 @@ class Run:
             settings=settings,
             micro_batch_size=args.micro_batch_size,
             eval_micro_batch_size=args.eval_micro_batch_size,
-            needs_mask=args.transformer_impl == "local" and args.context_parallel_size == 1,
+            needs_mask=needs_mask(args, settings),
             per_token_loss=args.calculate_per_token_loss,
             timers=get_timers(),
             objective=self.objective,

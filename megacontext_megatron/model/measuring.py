@@ -19,7 +19,7 @@ from megacontext_megatron.config import ContextConfig, Settings
 from megacontext_megatron.model.datasets import DatasetProvider
 from megacontext_megatron.model.measures import Measure
 from megacontext_megatron.model.parallel_groups import context_parallel_group, pipeline_group
-from megacontext_megatron.model.step import ForwardStep
+from megacontext_megatron.model.step import ForwardStep, needs_mask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ class Measurer:
             settings=settings,
             micro_batch_size=self.micro_batch_size,
             eval_micro_batch_size=self.micro_batch_size,
-            needs_mask=args.transformer_impl == "local" and args.context_parallel_size == 1,
+            needs_mask=needs_mask(args, settings),
             per_token_loss=args.calculate_per_token_loss,
             timers=get_timers(),
             measure=measure,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -12,6 +13,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
+from megacontext_megatron.attention_config import MEGATRON
 from megacontext_megatron.config import ContextConfig, Settings
 from megacontext_megatron.data.batch import Batch, BatchLayout, broadcast_batch, next_item
 from megacontext_megatron.data.samples import Item
@@ -36,6 +38,12 @@ def reads_tokens(settings: Settings, vp_stage: int | None) -> bool:
         or mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         or settings.context.eod_policy == "no-cross"
     )
+
+
+def needs_mask(args: Namespace, settings: Settings) -> bool:
+    """Return whether some layer runs Megatron's dense attention, which must be given a causal mask."""
+    own = MEGATRON in settings.attention.backends_of(args.num_layers)
+    return own and args.transformer_impl == "local" and args.context_parallel_size == 1
 
 
 def pipeline_ends(vp_stage: int | None) -> dict[str, bool]:

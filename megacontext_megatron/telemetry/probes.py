@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from megacontext_megatron.attention_config import MEGATRON
 from megacontext_megatron.config import ConfigError, ContextConfig, Settings
 from megacontext_megatron.model.datasets import DatasetProvider
 from megacontext_megatron.model.measures import Measure
@@ -27,7 +28,10 @@ Namespace = argparse.Namespace
 def measures(args: Namespace, settings: Settings) -> dict[str, Measure]:
     """Return the interventions by the name of their metric."""
     permuted = names.PERMUTED if masks_by_place(args, settings) else names.PERMUTED_ROW_CAUSAL
-    found = {names.SHUFFLED.at(): Measure(shuffled=True), permuted.at(): Measure(permuted=True)}
+    found = {names.SHUFFLED.at(): Measure(shuffled=True)}
+    if not settings.attention.reach_skip:
+        # What is out of reach is told from places that rise from row to row.
+        found[permuted.at()] = Measure(permuted=True)
     if settings.gaussian is not None and settings.gaussian.sigma != "none":
         found |= {names.BLUR.at(factor=f"{factor:g}"): Measure(sigma_factor=factor) for factor in BLUR_FACTORS}
     return found
@@ -38,7 +42,8 @@ def masks_by_place(args: Namespace, settings: Settings) -> bool:
     fused = args.masked_softmax_fusion and (args.fp16 or args.bf16)
     biased = any(settings.biased(layer) for layer in range(1, args.num_layers + 1))
     whole = args.context_parallel_size == 1 and args.window_size is None
-    return args.transformer_impl == "local" and whole and not fused and not biased
+    dense = args.transformer_impl == "local" and settings.attention.backends_of(args.num_layers) == {MEGATRON}
+    return dense and whole and not fused and not biased
 
 
 def paired(

@@ -150,8 +150,14 @@ def test_windows_rotate_themselves_when_evaluated(trained: Callable[..., TrainRe
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("model", ["learned slopes", "slopes by query", "reach"])
-@pytest.mark.parametrize("axis", ["context_parallel_size", "tensor_model_parallel_size"])
+@pytest.mark.parametrize(
+    ("model", "axis"),
+    [
+        ("learned slopes", "context_parallel_size"),
+        ("slopes by query", "context_parallel_size"),
+        ("reach", "tensor_model_parallel_size"),
+    ],
+)
 def test_ranks_that_share_rows_or_heads_train_as_in_dense_attention(
     trained: Callable[..., TrainResult], model: str, axis: str
 ) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from megacontext_megatron.attention_config import AttentionConfig
 from megacontext_megatron.config import ConfigError, ContextConfig, RotaryConfig, Settings, WatchConfig
 from megacontext_megatron.encoding_config import BiasConfig
 from megacontext_megatron.evaluation import ratio
 from megacontext_megatron.model.measures import far_permutation, predictions
-from megacontext_megatron.telemetry.probes import check_probes, masks_by_place, micro_batch_size
+from megacontext_megatron.model.step import needs_mask
+from megacontext_megatron.telemetry.probes import check_probes, masks_by_place, measures, micro_batch_size
 from tests.launch import call
 
 CONTEXT = ContextConfig(window=64, source_length=512, block_size=8, recent_tokens=12, horizon=5)
@@ -163,6 +165,23 @@ def test_a_mask_by_places_needs_scores_without_biases():
     biased = replace(settings(10), biases=(BiasConfig(name="alibi", layers=(2,)),))
     assert not masks_by_place(arguments(num_layers=2), biased)
     assert masks_by_place(arguments(num_layers=1), biased)
+
+
+def test_kernels_take_no_mask():
+    kernels = replace(settings(10), attention=AttentionConfig(backends=("megatron", "triton")))
+    assert not masks_by_place(arguments(num_layers=2), kernels)
+    assert masks_by_place(arguments(num_layers=1), kernels)
+    assert needs_mask(arguments(num_layers=2), kernels)
+    alone = replace(kernels, attention=AttentionConfig(backends=("triton", "cudnn")))
+    assert not needs_mask(arguments(num_layers=2), alone)
+    assert not needs_mask(arguments(num_layers=2, transformer_impl="transformer_engine"), kernels)
+
+
+def test_rows_out_of_order_are_not_measured_where_reach_reads_their_order():
+    given = arguments(num_layers=2)
+    assert any(measure.permuted for measure in measures(given, settings(10)).values())
+    skipping = replace(settings(10), attention=AttentionConfig(backends=("triton", "triton"), reach_skip=True))
+    assert not any(measure.permuted for measure in measures(given, skipping).values())
 
 
 def settings(interval: int, plan: Any = "random") -> Settings:
