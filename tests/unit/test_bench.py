@@ -413,6 +413,15 @@ def test_printed_tables_say_what_missed():
     assert widths == {7}
 
 
+@pytest.mark.parametrize(("error", "closest"), [(0.0, "near"), (1e-30, "bits")])
+def test_equal_bits_are_no_closer_than_an_error_within_its_tolerance(error, closest):
+    checks = (Check(name="bits", error=error, tolerance=0.0), Check(name="near", error=1e-3, tolerance=4e-3))
+    result = GroupResult(group="H", title="appends", checks=checks, seconds=1.0)
+    line = next(line for line in report.group_lines(result) if line.startswith("Gates:"))
+    assert f"closest to its tolerance {closest}," in line
+    assert f"{2 - bool(error)} of 2 passed" in line
+
+
 # training
 
 
