@@ -125,7 +125,9 @@ def distance(result: TrainResult, expected: TrainResult) -> float:
     return max(loss, largest(result.grad_norms, expected.grad_norms) / GRAD_NORM_TOLERANCE)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=() if model == "reach" else pytest.mark.full) for model in MODELS]
+)
 def test_training_through_the_kernels_is_the_same(trained: Callable[..., TrainResult], model: str) -> None:
     plain, fused = trained(model, kernel=False), trained(model, kernel=True)
     assert plain.values[0]["launches"] == []
@@ -140,6 +142,7 @@ def test_training_through_the_kernels_is_the_same(trained: Callable[..., TrainRe
     assert worst <= POSITIONAL_TOLERANCE * size, (worst, size)
 
 
+@pytest.mark.full
 def test_windows_rotate_themselves_when_evaluated(trained: Callable[..., TrainResult]) -> None:
     evaluated = (("eval_interval", STEPS), ("eval_iters", 1))
     fused, plain = (trained(INSIDE, kernel=kernel, layout=evaluated) for kernel in (True, False))
@@ -165,6 +168,7 @@ def test_ranks_that_share_rows_or_heads_train_as_in_dense_attention(
     assert distance(fused, plain) <= 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("again", [{"recompute_granularity": "selective"}])
 def test_recomputation_gives_the_same_bits(trained: Callable[..., TrainResult], again: dict[str, Any]) -> None:
     once = trained("learned slopes", kernel=True)
@@ -175,6 +179,7 @@ def test_recomputation_gives_the_same_bits(trained: Callable[..., TrainResult], 
     assert slopes(twice) == slopes(once)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("model", "fault"), [("learned widths", "window"), ("learned slopes", "slopes")])
 def test_the_comparison_would_tell(trained: Callable[..., TrainResult], model: str, fault: str) -> None:
     assert distance(trained(model, kernel=True, fault=fault), trained(model, kernel=False)) > 10

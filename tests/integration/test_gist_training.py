@@ -30,7 +30,7 @@ LAYOUTS = (
 )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS[:2], pytest.param(LAYOUTS[2], marks=pytest.mark.full)], ids=str)
 def test_agrees_with_one_process(references: References, tmp_path: Path, layout: Layout) -> None:
     result = references.agrees(layout, tmp_path, steps=QUICK_STEPS, before=recording.replicas)
     if "tensor_model_parallel_size" in layout.flags:

@@ -80,6 +80,7 @@ WRONG = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", WRONG)
 def test_the_gate_of_appends_catches_what_is_wrong(name):
     change, where = WRONG[name]
@@ -90,6 +91,7 @@ def test_the_gate_of_appends_catches_what_is_wrong(name):
         require(checks)
 
 
+@pytest.mark.full
 def test_the_gate_sees_other_bits(monkeypatch):
     """Another rounding than that of the separate launch fails."""
     real = kernels.append_split

@@ -44,6 +44,7 @@ def test_rows_are_rotated_as_the_carrier_says(shifted):
     assert torch.equal(stored.offset[page, line], torch.zeros(5, 2) if spans.offset is None else spans.offset)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_keys_are_those_of_the_definition(interleaved):
     case = Case(s=33, hn=8, interleaved=interleaved, first=0)

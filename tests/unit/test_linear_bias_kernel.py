@@ -63,6 +63,7 @@ SKIPPING = [
 ]
 
 
+@pytest.mark.full
 def test_copies_by_each_thread_are_attention(monkeypatch):
     """Where tiles are not brought by bulk copies."""
     plain = Tiles._make(launch._replace(bulk=False) for launch in SMALL)
@@ -139,6 +140,7 @@ def test_whole_float64_centres_are_int64_ones():
     assert all(torch.equal(found[name], right[name]) for name in right)
 
 
+@pytest.mark.full
 def test_strides_make_no_difference():
     given = given_of(REACHING)
     right = found_of(REACHING, given, reach_of(REACHING))
@@ -156,6 +158,7 @@ def test_strides_make_no_difference():
     assert all(torch.equal(found[name], right[name]) for name in right)
 
 
+@pytest.mark.full
 def test_frozen_slopes_get_no_gradient():
     given = given_of(GROUPED)
     right = found_of(GROUPED, given)
@@ -167,6 +170,7 @@ def test_frozen_slopes_get_no_gradient():
     assert all(torch.equal(x, right[name]) for name, x in zip(leaves, found, strict=True))
 
 
+@pytest.mark.full
 def test_backward_is_deterministic():
     given = given_of(REACHING)
     first, second = (found_of(REACHING, given, reach_of(REACHING)) for _ in range(2))

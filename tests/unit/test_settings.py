@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from megacontext_megatron.attention_config import AttentionConfig
 from megacontext_megatron.config import ContextConfig, GaussianRopeConfig, GistConfig, RotaryConfig, Settings
 from megacontext_megatron.flags import (
     ContextFlags,
@@ -90,6 +91,16 @@ WITH_SPANS = [
     ["--fp8-dot-product-attention"],
     ["--fp8-multi-head-attention"],
     ["--mc-backend", "triton"],
+    *(
+        ["--bias-fold", "--position-bias", "alibi", *words]
+        for words in (
+            ["--retrofit", "slow-bands"],
+            ["--softmax-type", "off-by-one"],
+            ["--fp16"],
+            ["--attention-output-gate"],
+            ["--qk-clip"],
+        )
+    ),
     ["--cpu-offloading-num-layers", "1"],
     ["--te-precision-config-file", "precision.yaml"],
     ["--use-distributed-optimizer", "--retrofit", "slow-bands"],
@@ -109,6 +120,12 @@ WITH_TE = {
         "--gaussian-rope-phase",
     ),
     "a wider key": ({}, ["--gaussian-rope-log-width-bias"], "--transformer-impl transformer_engine"),
+    "a fold in rounded scores": (
+        {},
+        ["--bias-fold", "--position-bias", "alibi", "--attention-backend", "unfused"],
+        "--bias-fold with --attention-backend unfused",
+        "leave the flag out",
+    ),
     "a bias on scores": ({}, ["--position-bias", "alibi"], "--transformer-impl local alone"),
     "steps behind a norm": (
         {"gaussian_rope_learnable_sigma": None},
@@ -320,6 +337,7 @@ def test_flags_become_settings(outcomes):
         gist=GistConfig(hidden=32, hidden_size=32),
         megacontext=True,
         seed=1234,
+        attention=AttentionConfig(backends=("megatron", "megatron")),
     )
     assert outcome["settings"] == repr(expected)
 
