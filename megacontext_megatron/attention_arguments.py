@@ -213,7 +213,8 @@ def linear_by_kernel(args: Namespace) -> bool:
 
 def _by_kernel(args: Namespace, *, windowed: bool, bias: Bias) -> bool:
     if not (args.kv_channels or (args.hidden_size and args.num_attention_heads)) or not args.seq_length:
-        return False
+        # Sizes of a checkpoint are not known yet; a bias without attention to run in is refused once they are.
+        return bias == "linear"
     return why_not("triton", Need(args=args, layer=1, windowed=windowed, bias=bias, learned=True)) is None
 
 

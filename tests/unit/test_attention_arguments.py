@@ -112,6 +112,7 @@ def test_typed_arguments_tell_what_the_kernel_will_do():
     assert not windows_by_kernel(given(kv_channels=None, hidden_size=None))
     assert not windows_by_kernel(given(mc_window_backend="megatron"))
     assert linear_by_kernel(given(**LEARNED))
+    assert linear_by_kernel(given(**LEARNED, kv_channels=None, hidden_size=None))
     assert linear_by_kernel(given(retrofit=["stretch", "alibi-lora"]))
     assert not linear_by_kernel(given(grape_a=True, grape_a_gate="k"))
     assert not linear_by_kernel(given(position_bias=["alibi", "t5"]))
