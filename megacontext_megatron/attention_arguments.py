@@ -61,7 +61,7 @@ class Need:
 def no_kernel(args: Namespace) -> str | None:
     """Return why no kernel of the plugin's or of a library can compute attention here, in half a sentence, or None."""
     if args.cpu:
-        return "it runs on a GPU"
+        return "it runs on a GPU, and --cpu asks for none"
     if not (args.bf16 or args.fp16):
         return "it computes in half precision; add --bf16"
     if args.attention_dropout:
