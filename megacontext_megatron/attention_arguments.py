@@ -16,10 +16,21 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megacontext_megatron.attention_config import MEGATRON, AttentionConfig
 from megacontext_megatron.config import ConfigError
-from megacontext_megatron.encoding_config import LINEAR_BIASES, BiasConfig
+from megacontext_megatron.encoding_config import BiasConfig
+from megacontext_megatron.position.linear_biases import alibi_slopes
 
 Namespace = argparse.Namespace
-_HOPPER = (9, 0)
+_AMPERE = (8, 0)
+
+_SHARED_MEMORY = 227 * 1024
+"""Bytes a block can have on Hopper and datacentre Blackwell, which the largest tiles of the kernels fill."""
+
+_FRAME_ROWS = 128
+"""That the kernel counts distances of scores from one anchor for."""
+
+_FRAME_NATS = 2.0**17
+"""The most that a bias may amount to within a frame: fp32 scores are then off by less than 2^-7, as bf16 is."""
+
 Bias = Literal["none", "folded", "linear", "other"]
 
 
@@ -28,7 +39,8 @@ class Need:
     """What one layer needs of its attention.
 
     `bias` is none, or folded into queries and keys, or linear in the centres of keys, or another; `learned` says
-    whether slopes of a linear bias train or depend on queries.
+    whether slopes of a linear bias train or depend on queries, `frame` what a bias can amount to at the start between
+    rows that the plugin's kernel counts from one anchor, in nats.
     """
 
     args: Namespace
@@ -36,6 +48,7 @@ class Need:
     windowed: bool
     bias: Bias
     learned: bool
+    frame: float = 0.0
 
     @property
     def head_dim(self) -> int:
@@ -46,6 +59,17 @@ class Need:
     def split(self) -> bool:
         """Whether rows are split over ranks."""
         return self.args.context_parallel_size > 1
+
+    @property
+    def on_te(self) -> bool:
+        """Whether the layers are Transformer Engine's."""
+        return self.args.transformer_impl == "transformer_engine"
+
+    @property
+    def exchange(self) -> str:
+        """How Transformer Engine exchanges this layer's rows over context-parallel ranks."""
+        types = self.args.cp_comm_type or ["p2p"]
+        return types[0] if len(types) == 1 else types[self.layer - 1]
 
     @property
     def flag(self) -> str:
@@ -70,30 +94,37 @@ def no_kernel(args: Namespace) -> str | None:
         return f"it has no --softmax-type {args.softmax_type}"
     if args.gaussian_rope_log_width_bias:
         return "keys are wider than values with --gaussian-rope-log-width-bias"
-    if getattr(args, "qk_clip", False):
-        return "it does not find the largest scores that --qk-clip reads"
+    if args.qk_clip or args.log_max_attention_logit:
+        return "it does not find the largest scores, which --qk-clip and --log-max-attention-logit read"
     return None
 
 
 def _own(need: Need) -> Iterator[str]:
     if find_spec("triton") is None:
         yield "the package triton is not installed"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < _HOPPER:
-        yield "its tiles fill the shared memory of GPUs of compute capability 9 and above"
+    if torch.cuda.is_available() and _shared_memory() < _SHARED_MEMORY:
+        yield f"its tiles need {_SHARED_MEMORY // 1024} KiB of shared memory, as GPUs of the H100's kind have"
     if need.head_dim not in (64, 128):
         yield f"it serves heads of 64 or 128 channels, not of {need.head_dim}"
     if need.bias == "other":
         yield "of all biases it has those that are linear in the distance"
-    if need.windowed and (need.args.window_size[0] < 0 or need.args.window_size[1] != 0):
-        yield "its windows end at a row itself; give --window-size ROWS,0"
     if need.bias != "none" and need.args.mc_gist_span_head:
         yield "its centres are whole half tokens, and --mc-gist-span-head moves them"
+    if need.frame > _FRAME_NATS:
+        yield (
+            f"gists of --mc-block-size {need.args.mc_block_size} and these slopes put {need.frame:.0f} nats within "
+            f"{_FRAME_ROWS} rows, and beyond {_FRAME_NATS:.0f} its rounding shows; lower --bias-slope-scale"
+        )
     chunk = need.args.seq_length // (2 * need.args.context_parallel_size)
     if need.windowed and need.split and need.args.window_size[0] > chunk:
         yield (
             f"a window of {need.args.window_size[0]} rows is longer than the {chunk} rows of a chunk of "
             "--context-parallel-size"
         )
+
+
+def _shared_memory() -> int:
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin
 
 
 def _library(need: Need) -> Iterator[str]:
@@ -105,6 +136,8 @@ def _library(need: Need) -> Iterator[str]:
 
 def _cudnn(need: Need) -> Iterator[str]:
     yield from _library(need)
+    if torch.version.hip or (torch.cuda.is_available() and torch.cuda.get_device_capability() < _AMPERE):
+        yield "it runs on NVIDIA GPUs of compute capability 8 and above"
     if need.windowed:
         yield "PyTorch's cuDNN attention has no windows"
     if need.head_dim % 8 or need.head_dim > 128:
@@ -117,6 +150,10 @@ def _flash4(need: Need) -> Iterator[str]:
     yield from _library(need)
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         yield "the package flash-attn-4 is not installed"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10, 11):
+        yield "it runs on GPUs of compute capability 9 to 11"
+    if need.head_dim % 8 or need.head_dim > 128:
+        yield f"it serves heads of multiples of 8 up to 128 channels, not of {need.head_dim}"
     if need.args.deterministic_mode:
         yield "its backward is not deterministic"
 
@@ -131,8 +168,16 @@ def _flex(need: Need) -> Iterator[str]:
 
 
 def _megatron(need: Need) -> Iterator[str]:
-    if need.args.transformer_impl == "transformer_engine" and need.bias in ("linear", "other"):
-        yield "Transformer Engine adds no bias of centres to scores"
+    if need.on_te and need.bias in ("linear", "other"):
+        yield (
+            "Transformer Engine adds no bias of centres to scores; --transformer-impl local has dense attention for "
+            "every bias, and --bias-fold carries linear ones in queries and keys"
+        )
+    if need.on_te and need.windowed and need.split and "p2p" in need.exchange:
+        yield (
+            f"Transformer Engine's ring, --cp-comm-type {need.exchange}, has no sliding windows; give a2a or "
+            "all_gather, to all layers or to those with a window"
+        )
 
 
 _OBSTACLES: dict[str, Callable[[Need], Iterator[str]]] = {
@@ -157,7 +202,7 @@ def preferences(need: Need) -> tuple[str, ...]:
     """
     if need.windowed or need.bias == "linear":
         return "triton", MEGATRON
-    if need.args.transformer_impl == "transformer_engine":
+    if need.on_te:
         return (MEGATRON,)
     return "cudnn", "triton", MEGATRON
 
@@ -173,10 +218,7 @@ def backend_of(need: Need) -> str:
     chosen = next((backend for backend, reason in reasons.items() if reason is None), None)
     if chosen is None:
         told = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
-        raise ConfigError(
-            f"--position-bias on layer {need.layer} has no attention to run in ({told}). --transformer-impl local has "
-            "dense attention for every bias."
-        )
+        raise ConfigError(f"{need.flag} auto finds no attention for layer {need.layer} ({told}).")
     return chosen
 
 
@@ -199,23 +241,11 @@ def windowed_layers(args: Namespace) -> tuple[int, ...]:
     )
 
 
-def windows_by_kernel(args: Namespace) -> bool:
-    """Return whether windows run in the plugin's kernel, as far as arguments that were only typed can tell."""
-    return args.mc_window_backend in ("auto", "triton") and _by_kernel(args, windowed=True, bias="none")
-
-
-def linear_by_kernel(args: Namespace) -> bool:
-    """Return whether all biases are linear and run in the plugin's kernel, as far as typed arguments can tell."""
-    names = {*args.position_bias, *(["grape-a"] if args.grape_a else []), *args.retrofit} - {"stretch", "damping"}
-    linear = names <= {*LINEAR_BIASES, "alibi-lora"} and args.grape_a_gate in ("none", "q")
-    return linear and args.mc_global_backend in ("auto", "triton") and _by_kernel(args, windowed=False, bias="linear")
-
-
-def _by_kernel(args: Namespace, *, windowed: bool, bias: Bias) -> bool:
-    if not (args.kv_channels or (args.hidden_size and args.num_attention_heads)) or not args.seq_length:
-        # Sizes of a checkpoint are not known yet; a bias without attention to run in is refused once they are.
-        return bias == "linear"
-    return why_not("triton", Need(args=args, layer=1, windowed=windowed, bias=bias, learned=True)) is None
+def _frame(args: Namespace, biases: tuple[BiasConfig, ...], layer: int) -> float:
+    """Return what linear biases of a layer amount to between the rows of a frame of the widest gists, in nats."""
+    scales = sum(bias.slope_scale for bias in biases if bias.linear and layer in bias.layers)
+    widest = args.mc_block_size**args.mc_max_level if args.megacontext else 1
+    return max(alibi_slopes(args.num_attention_heads)) * scales * _FRAME_ROWS * widest
 
 
 def attention_config(args: Namespace, biases: tuple[BiasConfig, ...]) -> AttentionConfig:
@@ -238,6 +268,7 @@ def attention_config(args: Namespace, biases: tuple[BiasConfig, ...]) -> Attenti
             layer=layer,
             windowed=layer in windowed,
             bias=_bias(args, biases, layer),
+            frame=_frame(args, biases, layer),
             learned=args.grape_a_learnable or args.grape_a_gate != "none" or "alibi-lora" in args.retrofit,
         )
         for layer in range(1, args.num_layers + 1)
@@ -263,6 +294,7 @@ def _check_reach(args: Namespace, needs: list[Need], config: AttentionConfig) ->
         )
     if not any(need.bias in ("linear", "folded") and config.backend_of(need.layer) == "triton" for need in needs):
         raise ConfigError(
-            "--mc-reach-skip has no effect: no layer has a linear bias (--grape-a, --position-bias alibi or grape-a) "
-            "on --mc-global-backend triton."
+            "--mc-reach-skip has no effect: no layer has a linear bias (--grape-a, --position-bias alibi or grape-a, "
+            "--retrofit alibi-lora) in the plugin's kernel. Give --mc-global-backend triton; a --bias-fold runs in "
+            "others by itself."
         )

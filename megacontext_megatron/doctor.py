@@ -29,6 +29,7 @@ PACKAGES = (
     "triton",
     "transformer-engine",
     "transformer-engine-torch",
+    "flash-attn-4",
     "numpy",
     "transformers",
     "tokenizers",

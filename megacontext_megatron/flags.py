@@ -189,8 +189,8 @@ class RunningFlags:
     """Run without a GPU: gloo, Megatron's local layers, and the flags both need."""
 
     mc_backend: Literal["auto", "triton", "torch"] = "auto"
-    """What rotates queries and keys by their spans, and pools blocks for GistNet's slots: the fused kernels (triton),
-    plain PyTorch (torch), or the kernels on a GPU where they cover the options (auto)."""
+    """What rotates queries and keys by their spans: the fused kernels (triton), plain PyTorch (torch), or the kernels
+    on a GPU where they cover the options (auto). What rotates also says what pools blocks for GistNet's slots."""
 
     mc_window_backend: WindowBackend = "auto"
     """What computes attention on layers with a sliding window: the plugin's kernel (triton), FlashAttention-4,
@@ -202,7 +202,7 @@ class RunningFlags:
 
     mc_reach_skip: bool = False
     """On layers with linear biases on the plugin's kernel, do not read keys so far away that their weight cannot be
-    seen in bf16; needs --qk-layernorm, which bounds scores."""
+    seen in the model's dtype; needs --qk-layernorm with --normalization RMSNorm, which bounds scores."""
 
 
 RUN_FLAGS = {

@@ -6,9 +6,6 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron.core.transformer.utils import is_layer_window_attention
-
-from megacontext_megatron.attention_arguments import linear_by_kernel, windows_by_kernel
 from megacontext_megatron.encoding_config import LINEAR_BIASES
 
 Namespace = argparse.Namespace
@@ -34,10 +31,11 @@ def _on_te(args: Namespace) -> bool:
     return args.transformer_impl == "transformer_engine"
 
 
-def _adds_bias(args: Namespace) -> bool:
-    """Return whether attention is asked to add a bias to scores, rather than finding it in queries and keys."""
-    biases = {*args.position_bias, *(["grape-a"] if args.grape_a else []), *args.retrofit} - {"stretch", "damping"}
-    return bool(biases - LINEAR_BIASES if args.bias_fold else biases)
+def _bends_bias(args: Namespace) -> bool:
+    """Return whether a bias is asked for that is not linear in the distance."""
+    biases = {*args.position_bias, *(["grape-a"] if args.grape_a else []), *args.retrofit}
+    linear = {*LINEAR_BIASES, "alibi-lora", "stretch", "damping"}
+    return bool(biases - linear) or ("grape-a" in biases and args.grape_a_gate not in ("none", "q"))
 
 
 def _folding(name: str, asked: Callable[[Namespace], bool], why: str) -> Refusal:
@@ -84,15 +82,6 @@ def _splits_rows(args: Namespace) -> bool:
     return _on_te(args) and args.context_parallel_size > 1
 
 
-def _windows_over_p2p(args: Namespace) -> bool:
-    if not _splits_rows(args) or args.window_size is None or windows_by_kernel(args):
-        return False
-    return any(
-        "p2p" in kind and is_layer_window_attention(args.window_size, args.window_attn_skip_freq, layer)
-        for layer, kind in enumerate(_cp_types(args), start=1)
-    )
-
-
 def _heads_not_shared_out(args: Namespace) -> bool:
     if not _splits_rows(args) or "a2a" not in _cp_types(args):
         return False
@@ -110,12 +99,6 @@ CONTEXT_PARALLEL_REFUSALS = (
         flag="--cp-comm-type for some layers",
         asked=lambda a: _splits_rows(a) and bool(a.num_layers) and len(_cp_types(a)) != a.num_layers,
         why="it names one exchange for all layers, or one for each of --num-layers",
-    ),
-    Refusal(
-        flag="--cp-comm-type p2p with --window-size",
-        asked=_windows_over_p2p,
-        why="Transformer Engine's ring has no sliding windows; give a2a or all_gather, to all layers or to those with "
-        "a window",
     ),
     Refusal(
         flag="--softmax-type with --context-parallel-size",
@@ -207,7 +190,8 @@ REFUSALS = (
     Refusal(
         flag="--attention-backend local",
         asked=lambda a: a.attention_backend.name == "local",
-        why="Megatron has it for --spec local alone; --transformer-impl local has the dense attention it means",
+        why="Megatron has it for --spec local alone; --transformer-impl local with --mc-global-backend megatron has "
+        "the dense attention it means",
     ),
     Refusal(flag="--flash-decode", asked=_given("flash_decode"), why="its kernel rotates keys by their slot"),
     Refusal(
@@ -280,11 +264,10 @@ SPAN_REFUSALS = (
         why="the dense attention of --transformer-impl local alone takes keys that are wider than values",
     ),
     Refusal(
-        flag="--position-bias (also --grape-a and --retrofit alibi-lora or slow-bands) with --transformer-impl "
-        "transformer_engine",
-        asked=lambda a: _on_te(a) and _adds_bias(a) and not linear_by_kernel(a),
-        why="the dense attention of --transformer-impl local alone adds a bias to scores; --bias-fold puts linear ones "
-        "into queries and keys instead",
+        flag="--position-bias other than alibi and grape-a (also --grape-a-gate k or qk and --retrofit slow-bands) "
+        "with --transformer-impl transformer_engine",
+        asked=lambda a: _on_te(a) and _bends_bias(a),
+        why="the dense attention of --transformer-impl local alone adds a bias that is not linear in the distance",
     ),
     *FOLD_REFUSALS,
     Refusal(
@@ -345,13 +328,20 @@ SPAN_REFUSALS = (
     ),
     Refusal(
         flag="--attention-backend with --transformer-impl local",
-        asked=lambda a: a.attention_backend.name in ("flash", "fused") and not _on_te(a),
-        why="core attention of the local layers is dense and unfused",
+        # --cpu asks for the unfused itself, and has nothing else.
+        asked=lambda a: not _on_te(a) and a.attention_backend.name not in ("auto", "unfused" if a.cpu else "auto"),
+        why="it chooses among Transformer Engine's; on local layers --mc-global-backend and --mc-window-backend do, "
+        "megatron for dense attention",
     ),
     Refusal(
         flag="--attention-backend unfused with --context-parallel-size",
         asked=lambda a: a.attention_backend.name == "unfused" and _on_te(a) and a.context_parallel_size > 1,
         why="Transformer Engine's unfused attention sees one rank's rows alone; leave the flag out",
+    ),
+    Refusal(
+        flag="--window-size",
+        asked=lambda a: a.window_size is not None and (a.window_size[0] < 0 or a.window_size[1] != 0),
+        why="a row sees rows before it; give ROWS,0, or leave the flag out where all of them are seen",
     ),
     Refusal(
         flag="--cp-comm-type with --transformer-impl local",

@@ -8,7 +8,8 @@
 #                             tests that need one run beside those that need both, and are printed
 #                             last. MC_REPORT_DIR takes the figures as files
 #
-# Other arguments go to pytest: scripts/test.sh tests/unit -k plan
+# Other arguments go to pytest: scripts/test.sh tests/unit -k plan. On the CPU files are shared out
+# over as many workers as there are cores, up to four; -n 0 has none, for --pdb.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -41,7 +42,9 @@ else
 fi
 cd "$MC_ROOT"
 if [[ -z $on_gpu ]]; then
-  exec "$(mc_python)" -m pytest "${suite[@]}" "${arguments[@]}"
+  # whole files to each worker: what a file's tests share is made once
+  workers=$(($(nproc) < 4 ? $(nproc) : 4))
+  exec "$(mc_python)" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "${suite[@]}" "${arguments[@]}"
 fi
 
 # mc_gpu_tests MARKER: run them.

@@ -26,6 +26,9 @@ CLEARLY = 100
 """A fault moves the loss, the gradient norm or a metric by more than this many tolerances."""
 
 STEPS = 20
+COMPARED_STEPS = 6
+"""Of most layouts: faults show clearly within as many."""
+
 MOE_STEPS = 10
 TIMEOUT = 600.0
 

@@ -40,6 +40,12 @@ class KernelAttention(torch.nn.Module):
         self._look_back = None if window is None else window[0]
 
     @staticmethod
+    def _check(arguments: Mapping[str, Any]) -> None:
+        """RuntimeError for packed samples, which no kernel here keeps apart."""
+        if arguments.get("packed_seq_params") is not None:
+            raise RuntimeError("packed samples would attend to each other in this attention")
+
+    @staticmethod
     def _rows(
         names: tuple[str, ...], attention_bias: Mapping[str, Tensor] | None, arguments: Mapping[str, Any]
     ) -> dict[str, Tensor]:
@@ -81,6 +87,7 @@ class WindowAttention(KernelAttention):
         from megacontext_megatron.kernels.window_attention import split_window_attention, window_attention
 
         del attention_mask
+        self._check(arguments)
         look_back = cast(int, self._look_back)
         carrier = self._rows((CARRIER,), attention_bias, arguments).get(CARRIER)
         if carrier is not None:
@@ -100,6 +107,9 @@ class LinearBiasAttention(KernelAttention):
     With `reach_skip` and norms of queries and keys, keys that cannot matter are left unread.
     """
 
+    biased = False
+    """Whether rows must bring slopes."""
+
     _norms: tuple[torch.nn.Module, torch.nn.Module] | None = None
 
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
@@ -107,10 +117,15 @@ class LinearBiasAttention(KernelAttention):
         self._gathering = GatheredRows(config, layer_number, self._cp)
         self._zero_centred = config.layernorm_zero_centered_gamma
 
-    def attach_norms(self, query_norm: torch.nn.Module, key_norm: torch.nn.Module, *, rotated: bool) -> None:
-        """Leave out keys beyond the reach that the RMS norms of queries and keys bound, `rotated` after them or not."""
+    def attach_norms(
+        self, query_norm: torch.nn.Module, key_norm: torch.nn.Module, *, rotated: bool, gain: float = 1.0
+    ) -> None:
+        """Leave out keys beyond the reach that the RMS norms of queries and keys bound.
+
+        `rotated` says whether they are rotated after the norms, and `gain` by what that can multiply scores.
+        """
         # A tuple, so that they do not become submodules of this.
-        self._norms, self._rotated = (query_norm, key_norm), rotated
+        self._norms, self._rotated, self._gain = (query_norm, key_norm), rotated, gain
 
     def forward(
         self,
@@ -128,8 +143,11 @@ class LinearBiasAttention(KernelAttention):
         half tokens.
         """
         del attention_mask
+        self._check(arguments)
         rows = self._rows((CENTRE, SLOPES), attention_bias, arguments)
         slopes = rows.get(SLOPES)
+        if self.biased and slopes is None:
+            raise RuntimeError("a layer with a linear bias was given no slopes")
         doubled = None if slopes is None else self._gathering.gather(rows[CENTRE] * 2)
         key, value = self._gathering.gather(key), self._gathering.gather(value)
         parts = [
@@ -156,11 +174,11 @@ class LinearBiasAttention(KernelAttention):
         if slopes is None or doubled_centre is None:
             return linear_bias_attention(query, key, value, self._scale, look_back=self._look_back)
         bias = LinearBias(slopes=slopes, doubled_centre=doubled_centre)
-        reach = self._reach(query.shape[2])
+        reach = self._reach(query)
         return linear_bias_attention(query, key, value, self._scale, bias, look_back=self._look_back, reach=reach)
 
-    def _reach(self, heads: int) -> Any:
-        """Return the leave to skip for all heads, whose norms share one weight; None without norms."""
+    def _reach(self, query: Tensor) -> Any:
+        """Return the leave to skip for all heads of q, whose norms share one weight; None without norms."""
         from megacontext_megatron.kernels.linear_bias_attention import Reach, score_bound
 
         if self._norms is None:
@@ -169,7 +187,9 @@ class LinearBiasAttention(KernelAttention):
         bound = score_bound(
             query_weight, key_weight, self._scale, rotated=self._rotated, zero_centred=self._zero_centred
         )
-        return Reach(score_bound=bound.expand(heads))
+        return Reach(
+            score_bound=(bound * self._gain).repeat(query.shape[2]), tolerance=torch.finfo(query.dtype).eps / 8
+        )
 
 
 def _of_rows(slopes: Tensor | None, rows: slice) -> Tensor | None:

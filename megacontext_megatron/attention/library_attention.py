@@ -22,7 +22,8 @@ class CudnnAttention(KernelAttention):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
     ) -> Tensor:
         """Return [s, b, np hn] from q [s, b, np, hn], k and v [s, b, ng, hn]."""
-        del attention_mask, arguments
+        del attention_mask
+        self._check(arguments)
         q, k, v = (rows.permute(1, 2, 0, 3) for rows in (query, key, value))
         grouped = query.shape[2] != key.shape[2]
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -39,7 +40,8 @@ class FlashAttention4(KernelAttention):
         """Return [s, b, np hn] from q [s, b, np, hn], k and v [s, b, ng, hn]."""
         from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
 
-        del attention_mask, arguments
+        del attention_mask
+        self._check(arguments)
         heads = (rows.transpose(0, 1) for rows in (query, key, value))
         window = (None, None) if self._look_back is None else (self._look_back, 0)
         found = flash_attn_func(*heads, softmax_scale=self._scale, causal=True, window_size=window)
@@ -65,6 +67,7 @@ class FlexAttention(KernelAttention):
         that train, with which its backward takes hundreds of times as long.
         """
         del attention_mask
+        self._check(arguments)
         rows = self._rows((CENTRE, SLOPES), attention_bias, arguments)
         change, slopes = None, rows.get(SLOPES)
         if slopes is not None:

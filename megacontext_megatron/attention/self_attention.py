@@ -66,9 +66,12 @@ class SpanSelfAttention(SelfAttention):
         core = self.core_attention
         if isinstance(core, BiasedAttention):
             core.attach(self._biases)
+        if isinstance(core, LinearBiasAttention):
+            core.biased = bool(self._biases)
         if settings.attention.reach_skip and isinstance(core, LinearBiasAttention) and self._biases:
             norms = cast(tuple[torch.nn.Module, torch.nn.Module], (self.q_layernorm, self.k_layernorm))
-            core.attach_norms(*norms, rotated=self.rotary is not None)
+            gain = self.rotary.score_gain if isinstance(self.rotary, GaussianRotary) else 1.0
+            core.attach_norms(*norms, rotated=self.rotary is not None, gain=gain)
         self._rotates_inside = self._hand_over_rotation()
 
     def _hand_over_rotation(self) -> bool:

@@ -113,7 +113,9 @@ def linear_bias_attention(
     sq, batch, heads, head_dim = query.shape
     spec = _Spec(
         sq=sq, sk=len(key), batch=batch, heads=heads, groups=key.shape[2], head_dim=head_dim, scale=scale,
-        look_back=look_back, reach=None if bias is None else reach, tiles=choose_tiles(head_dim),
+        # No further than there are rows, so that no row plus it overflows.
+        look_back=None if look_back is None else min(look_back, len(key)),
+        reach=None if bias is None else reach, tiles=choose_tiles(head_dim),
     )  # fmt: skip
     slopes, centre = (None, None) if bias is None else (bias.slopes, bias.doubled_centre)
     return _LinearBiasAttention.apply(spec, *map(_dense, (query, key, value)), slopes, centre)

@@ -31,9 +31,9 @@ tile's slopes are read row by row."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reach:
-    """Leave to skip keys too far away to matter; raises ValueError where the tolerance is not between 0 and 1.
+    """Leave to skip keys too far away to matter; raises ValueError where a field is not as follows.
 
-    `score_bound`: fp32 [np] on the device, the largest |score| in nats that a head can have.
+    `score_bound`: fp32 [np] on the device, contiguous, the largest |score| in nats that a head can have.
     `tolerance`: the share of a row's weight that may be left out, 2^-10 for results exact to bf16.
     """
 
@@ -43,6 +43,9 @@ class Reach:
     def __post_init__(self) -> None:
         if not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"a reach leaves out a share of {self.tolerance}, which is not between 0 and 1")
+        bound = self.score_bound
+        if bound.dtype != torch.float32 or not bound.is_contiguous():
+            raise ValueError(f"bounds of {bound.dtype} with strides {bound.stride()}: contiguous fp32 is read")
 
 
 class Visits(NamedTuple):

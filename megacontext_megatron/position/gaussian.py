@@ -99,6 +99,12 @@ class GaussianRotary(torch.nn.Module):
         self._config, self._frequencies, self._interleaved = config, frequencies, interleaved
         self.sigma_scale = learnable
 
+    @property
+    def score_gain(self) -> float:
+        """What the factors of cosines, sines and queries can multiply scores by; channels left unrotated keep 1."""
+        frequencies = self._frequencies
+        return max(1.0, frequencies.attention_factor) ** 2 * max(1.0, frequencies.query_factor)
+
     def sigma(self, spans: SpanMetadata) -> Tensor:
         """Return the spread of each row, fp32 [s, b, groups] in tokens; groups is 1 unless it is learned per head.
 

@@ -12,6 +12,7 @@ import pytest
 from tests import mutations, recording
 from tests.parity import (
     CLEARLY,
+    COMPARED_STEPS,
     CP,
     DIST_OPT,
     FULL_RECOMPUTE,
@@ -32,8 +33,6 @@ from tests.small import largest
 pytestmark = pytest.mark.full
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-COMPARED_STEPS = 10
-FAULT_STEPS = 6
 
 
 def spread_over(name: str, ranks: int, *flags: Flags, family: str = "gistnet") -> Layout:
@@ -142,7 +141,7 @@ def _relative(found: list[float], right: list[float]) -> float:
 
 @pytest.mark.parametrize(("fault", "layout"), FAULTS, ids=[f"{fault.__name__}, {layout}" for fault, layout in FAULTS])
 def test_fault_is_noticed(references: References, tmp_path: Path, fault: Callable[[], Any], layout: Layout) -> None:
-    found = references.compared(layout, tmp_path, steps=FAULT_STEPS, before=fault)
+    found = references.compared(layout, tmp_path, steps=COMPARED_STEPS, before=fault)
     assert found.excess() > CLEARLY
 
 
@@ -151,8 +150,8 @@ def test_family_is_worth_comparing(references: References, tmp_path: Path, name:
     """A layout that ignored what the family has over others would not agree."""
     family, flags, before = WITHOUT[name]
     layout = dataclasses.replace(ONE, name=name, family=family, flags=flags)
-    result = references.train(layout, tmp_path, steps=FAULT_STEPS, before=before).check()
-    expected = references.one_process(family).losses[:FAULT_STEPS]
+    result = references.train(layout, tmp_path, steps=COMPARED_STEPS, before=before).check()
+    expected = references.one_process(family).losses[:COMPARED_STEPS]
     assert largest(result.losses, expected) > CLEARLY * LOSS_TOLERANCE
 
 

@@ -12,6 +12,7 @@ import pytest
 from tests import mutations, parity, recording
 from tests.parity import (
     CLEARLY,
+    COMPARED_STEPS,
     CP,
     DIST_OPT,
     FULL_RECOMPUTE,
@@ -19,6 +20,7 @@ from tests.parity import (
     ONE,
     PP,
     SELECTIVE_RECOMPUTE,
+    STEPS,
     TP,
     TP_SP,
     VPP,
@@ -72,8 +74,6 @@ MOE = (
     Layout(name="TP2xEP2+SP", ranks=2, flags=TP_SP | EP | {"expert_tensor_parallel_size": 1}, family="moe"),
 )
 
-FAULT_STEPS = 6
-
 FAULTS = (
     (mutations.next_plan, ONE),
     (mutations.next_plan, DENSE[2]),
@@ -108,7 +108,7 @@ Routing = dict[str, list[str]]
 
 @pytest.mark.parametrize("layout", [*DENSE, *RECOMPUTED, *OTHER_FAMILIES], ids=str)
 def test_agrees_with_one_process(references: References, tmp_path: Path, layout: Layout) -> None:
-    references.agrees(layout, tmp_path)
+    references.agrees(layout, tmp_path, steps=STEPS if layout in DENSE else COMPARED_STEPS)
 
 
 @pytest.mark.parametrize("layout", MOE, ids=str)
@@ -153,18 +153,18 @@ def _recorded_without_centres() -> Callable[[], Any]:
 def test_setting_is_worth_comparing(references: References, tmp_path: Path, family: str, without: parity.Flags) -> None:
     """A layout that ignored one of a family's settings would not agree."""
     layout = Layout(name=f"{family} without {', '.join(without)}", family=family, flags=without)
-    assert references.compared(layout, tmp_path, steps=FAULT_STEPS).excess() > CLEARLY
+    assert references.compared(layout, tmp_path, steps=COMPARED_STEPS).excess() > CLEARLY
 
 
 @pytest.mark.parametrize(("fault", "layout"), FAULTS, ids=[f"{fault.__name__}, {layout}" for fault, layout in FAULTS])
 def test_fault_is_noticed(references: References, tmp_path: Path, fault: Callable[[], Any], layout: Layout) -> None:
-    found = references.compared(layout, tmp_path, steps=FAULT_STEPS, before=fault)
+    found = references.compared(layout, tmp_path, steps=COMPARED_STEPS, before=fault)
     assert found.excess() > CLEARLY
 
 
 def test_recompute_is_what_reads_plans_late(references: References, tmp_path: Path) -> None:
     """The fault that the quick tests show under recompute does no harm without it, so there layers did run twice."""
-    found = references.compared(DENSE[2], tmp_path, steps=FAULT_STEPS, before=mutations.latest_plan)
+    found = references.compared(DENSE[2], tmp_path, steps=COMPARED_STEPS, before=mutations.latest_plan)
     assert found.excess() <= 1
 
 

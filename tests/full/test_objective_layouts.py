@@ -13,6 +13,7 @@ from tests.corpus import write_corpus
 from tests.launch import call
 from tests.parity import (
     CLEARLY,
+    COMPARED_STEPS,
     CP,
     DIST_OPT,
     FULL_RECOMPUTE,
@@ -33,7 +34,6 @@ from tests.small import command
 
 pytestmark = pytest.mark.full
 
-COMPARED_STEPS = 10
 TERMS: Flags = {"mc_loss_kl": 1.0, "mc_loss_contrast": 0.5, "mc_loss_pooling": 1.0, "mc_teacher": "cache"}
 PER_TOKEN: Flags = {"calculate_per_token_loss": True, "eod_mask_loss": True}
 FORWARD: Flags = {"mc_teacher": "forward", "mc_teacher_path": None, "mc_loss_pooling": None}

@@ -172,7 +172,7 @@ def test_what_ranks_cannot_share_is_refused(refused):
 def test_biases_of_transformer_engine_are_refused(refused):
     on_te = {"cpu": None, "transformer_impl": "transformer_engine", "bf16": True}
     cases = {
-        "a bias": ({**NONE, "position_bias": ["alibi"]}, "--position-bias", "--transformer-impl local alone"),
+        "a bias": ({**NONE, "position_bias": ["cope"]}, "--position-bias", "--transformer-impl local alone"),
         "a bias that is not folded": (
             {**FOLDED, "position_bias": ["t5"], "grape_a": True, "window_size": "15,0", "window_attn_skip_freq": 2},
             "--position-bias",
@@ -183,7 +183,11 @@ def test_biases_of_transformer_engine_are_refused(refused):
             {**FOLDED, "attention_backend": "unfused"},
             "--bias-fold with --attention-backend unfused",
         ),
-        "slopes of global layers": ({**NONE, "grape_a": True}, "--grape-a", "--transformer-impl local alone"),
+        "slopes by key": (
+            {**NONE, "grape_a": True, "grape_a_gate": "k"},
+            "--grape-a-gate k",
+            "--transformer-impl local alone",
+        ),
         "steps": (named("grapem", grapem_contextual=True), "--grapem-contextual", "add --transformer-impl local"),
     }
     refused({name: ({**flags, **on_te}, *said) for name, (flags, *said) in cases.items()})

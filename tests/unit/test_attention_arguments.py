@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 from typing import Any
 
 import pytest
 
 from megacontext_megatron import attention_arguments
-from megacontext_megatron.attention_arguments import attention_config, linear_by_kernel, windows_by_kernel
+from megacontext_megatron.attention_arguments import attention_config
 from megacontext_megatron.config import ConfigError
 from megacontext_megatron.encoding_config import BiasConfig
 
 BASE = {
     "cpu": False, "bf16": True, "fp16": False, "attention_dropout": 0.0, "softmax_type": "vanilla",
-    "gaussian_rope_log_width_bias": False, "qk_clip": False, "kv_channels": 128, "hidden_size": 512,
+    "gaussian_rope_log_width_bias": False, "qk_clip": False, "log_max_attention_logit": False, "cp_comm_type": ["p2p"],
+    "megacontext": True, "mc_block_size": 32, "mc_max_level": 2, "kv_channels": 128, "hidden_size": 512,
     "num_attention_heads": 4, "num_layers": 4, "seq_length": 1024, "context_parallel_size": 1,
     "window_size": (127, 0), "window_attn_skip_freq": 4, "transformer_impl": "local", "deterministic_mode": False,
     "mc_window_backend": "auto", "mc_global_backend": "auto", "mc_reach_skip": False, "mc_encoding": "rope",
@@ -22,6 +24,7 @@ BASE = {
     "position_bias": [], "bias_fold": False, "retrofit": [], "qk_layernorm": False, "normalization": "RMSNorm",
 }  # fmt: skip
 TE = {"transformer_impl": "transformer_engine"}
+RING = {**TE, "context_parallel_size": 2}
 GRAPE = BiasConfig(name="grape-a", layers=(4,), learnable_slopes=True)
 LEARNED = {"grape_a": True, "grape_a_learnable": True}
 FIRE = BiasConfig(name="fire", layers=(4,))
@@ -54,7 +57,12 @@ def chosen(*biases: BiasConfig, **changes: Any) -> tuple[str, ...]:
         ({"deterministic_mode": True}, (), (*WINDOWS, "triton")),
         ({"context_parallel_size": 2}, (), (*WINDOWS, "triton")),
         ({"context_parallel_size": 8}, (), ("megatron",) * 3 + ("triton",)),
-        ({"window_size": (127, 1)}, (), ("megatron",) * 3 + ("cudnn",)),
+        ({"log_max_attention_logit": True, **TE}, (), ("megatron",) * 4),
+        ({**LEARNED, "mc_block_size": 128}, (GRAPE,), (*WINDOWS, "megatron")),
+        ({**LEARNED, "mc_block_size": 128, "mc_max_level": 1}, (GRAPE,), (*WINDOWS, "triton")),
+        ({**LEARNED, "mc_block_size": 128, "megacontext": False}, (GRAPE,), (*WINDOWS, "triton")),
+        ({**LEARNED, "mc_block_size": 128}, (dataclasses.replace(GRAPE, slope_scale=0.1),), (*WINDOWS, "triton")),
+        ({**TE, "context_parallel_size": 8, "cp_comm_type": ["a2a"]}, (), ("megatron",) * 4),
         ({"window_size": None, "window_attn_skip_freq": None}, (), ("cudnn",) * 4),
         ({"mc_window_backend": "megatron", "mc_global_backend": "triton"}, (), ("megatron",) * 3 + ("triton",)),
         ({"mc_encoding": None}, (), ()),
@@ -75,13 +83,25 @@ def test_the_first_that_is_able_is_chosen(changes: dict[str, Any], biases: tuple
         ({"mc_window_backend": "triton", "bf16": False}, (), "half precision"),
         ({"mc_window_backend": "triton", "attention_dropout": 0.1}, (), "no dropout"),
         ({"mc_window_backend": "triton", "softmax_type": "off-by-one"}, (), "--softmax-type off-by-one"),
-        ({"mc_window_backend": "triton", "window_size": (127, 1)}, (), "end at a row itself"),
-        ({"mc_window_backend": "triton", "window_size": (-1, 0)}, (), "--window-size"),
+        ({"mc_window_backend": "triton", "qk_clip": True}, (), "largest scores, which --qk-clip"),
+        ({"mc_global_backend": "triton", "mc_block_size": 128}, (GRAPE,), "lower --bias-slope-scale"),
+        (
+            {"mc_window_backend": "megatron", **RING},
+            (),
+            "--mc-window-backend megatron .* layer 1: .*no sliding windows",
+        ),
+        (
+            {"attention_dropout": 0.1, **RING, "cp_comm_type": ["a2a", "p2p", "a2a", "a2a"]},
+            (),
+            "auto .* layer 2 .*ring",
+        ),
         ({"mc_window_backend": "triton", "context_parallel_size": 8}, (), "longer than the 64 rows of a chunk"),
         ({"mc_window_backend": "triton", "kv_channels": 96}, (), "64 or 128 channels, not of 96"),
         ({"mc_window_backend": "flex", "window_size": None}, (), "no layer attends to a window"),
         ({"mc_global_backend": "flash4"}, (), "flash-attn-4 is not installed"),
-        ({**TE}, (FIRE,), "layer 4 has no attention to run in"),
+        ({**TE}, (FIRE,), "--mc-global-backend auto finds no attention for layer 4"),
+        ({**TE, "attention_dropout": 0.1}, (GRAPE,), "layer 4 .*add --attention-dropout 0"),
+        ({**TE, "kv_channels": 96}, (GRAPE,), "layer 4 .*heads of 64 or 128 .*--bias-fold"),
         ({**LEARNED, "mc_gist_span_head": True, **TE}, (GRAPE,), "--mc-gist-span-head moves them"),
         ({"mc_reach_skip": True, **LEARNED}, (GRAPE,), "--mc-reach-skip needs --qk-layernorm"),
         ({"mc_reach_skip": True, "qk_layernorm": True}, (), "--mc-reach-skip has no effect: no layer has a linear"),
@@ -105,15 +125,3 @@ def test_reach_is_skipped_where_norms_bound_scores():
     assert config.backend_of(5) == "megatron"
     folded = given(**LEARNED, mc_reach_skip=True, qk_layernorm=True, bias_fold=True, mc_global_backend="triton")
     assert attention_config(folded, (GRAPE,)).reach_skip
-
-
-def test_typed_arguments_tell_what_the_kernel_will_do():
-    assert windows_by_kernel(given(kv_channels=None))
-    assert not windows_by_kernel(given(kv_channels=None, hidden_size=None))
-    assert not windows_by_kernel(given(mc_window_backend="megatron"))
-    assert linear_by_kernel(given(**LEARNED))
-    assert linear_by_kernel(given(**LEARNED, kv_channels=None, hidden_size=None))
-    assert linear_by_kernel(given(retrofit=["stretch", "alibi-lora"]))
-    assert not linear_by_kernel(given(grape_a=True, grape_a_gate="k"))
-    assert not linear_by_kernel(given(position_bias=["alibi", "t5"]))
-    assert not linear_by_kernel(given(position_bias=["alibi"], cpu=True))

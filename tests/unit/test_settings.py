@@ -83,6 +83,7 @@ WITH_SPANS = [
     ["--fp4-format", "e2m1"],
     ["--attention-backend", "flash"],
     ["--attention-backend", "fused"],
+    ["--window-size", "16,1"],
     ["--cp-comm-type", "all_gather"],
     ["--fp32-residual-connection", "--bf16"],
     ["--fused-residual-rmsnorm"],
@@ -126,7 +127,7 @@ WITH_TE = {
         "--bias-fold with --attention-backend unfused",
         "leave the flag out",
     ),
-    "a bias on scores": ({}, ["--position-bias", "alibi"], "--transformer-impl local alone"),
+    "a bias on scores": ({}, ["--position-bias", "fire"], "--transformer-impl local alone"),
     "steps behind a norm": (
         {"gaussian_rope_learnable_sigma": None},
         ["--grapem-contextual", "--position-embedding-type", "grapem"],
@@ -137,17 +138,12 @@ WITH_TE = {
         ["--deterministic-mode", "--position-bias", "fox"],
         "no deterministic kernel",
     ),
+    "dense attention": ({"transformer_impl": "local"}, ["--attention-backend", "unfused"], "--mc-global-backend"),
     "4 bits": ({}, ["--fp4-format", "e2m1"]),
     "rows of one rank": ({}, ["--attention-backend", "unfused", *CP], "--context-parallel-size"),
     "no such exchange": ({}, ["--cp-comm-type", "ring", *CP], "p2p, a2a, all_gather, a2a+p2p"),
     "three exchanges for two layers": ({}, ["--cp-comm-type", "p2p", "a2a", "p2p", *CP], "--num-layers"),
     "sinks in a ring": ({}, ["--softmax-type", "learnable", *CP], "--context-parallel-size", "a2a"),
-    "windows in a ring": ({}, ["--cp-comm-type", "p2p", "--window-size", "16,0", *CP], "--window-size", "a2a"),
-    "windows in one layer's ring": (
-        {},
-        ["--cp-comm-type", "a2a", "p2p", "--window-size", "16,0", "--window-attn-skip-freq", "[0,1]", *CP],
-        "--window-size",
-    ),
     "groups": ({"tensor_model_parallel_size": 2}, ["--cp-comm-type", "a2a", *CP], "query groups"),
 }
 """Overrides, words behind the small run's on Transformer Engine's layers, and parts of the refusal."""
