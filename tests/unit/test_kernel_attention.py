@@ -94,7 +94,8 @@ def test_a_window_longer_than_all_rows_is_no_window():
     heads = [torch.randn(200, 1, 1, 16, generator=generator).requires_grad_() for _ in range(3)]
     found = []
     for look_back in (None, 2**31 - 1):
-        out = linear_bias_attention(*heads, 0.25, look_back=look_back)
+        query, key, value = heads
+        out = linear_bias_attention(query, key, value, 0.25, look_back=look_back)
         found.append([out, *torch.autograd.grad(out.square().sum(), heads)])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
