@@ -56,6 +56,12 @@ class Need:
         return self.args.kv_channels or self.args.hidden_size // self.args.num_attention_heads
 
     @property
+    def groups(self) -> int:
+        """Query groups."""
+        args = self.args
+        return args.num_query_groups if args.group_query_attention else args.num_attention_heads
+
+    @property
     def split(self) -> bool:
         """Whether rows are split over ranks."""
         return self.args.context_parallel_size > 1
@@ -178,6 +184,12 @@ def _megatron(need: Need) -> Iterator[str]:
             f"Transformer Engine's ring, --cp-comm-type {need.exchange}, has no sliding windows; give a2a or "
             "all_gather, to all layers or to those with a window"
         )
+    ranks = need.args.tensor_model_parallel_size * need.args.context_parallel_size
+    if need.on_te and need.split and need.exchange == "a2a" and need.groups % ranks:
+        yield (
+            "--cp-comm-type a2a gives each rank whole query groups, so their number must be a multiple of "
+            "--tensor-model-parallel-size times --context-parallel-size"
+        )
 
 
 _OBSTACLES: dict[str, Callable[[Need], Iterator[str]]] = {
@@ -281,6 +293,11 @@ def attention_config(args: Namespace, biases: tuple[BiasConfig, ...]) -> Attenti
         if asked != "auto" and not there:
             raise ConfigError(f"--mc-{flag}-backend {asked} has no effect: no layer attends to {kind}.")
     config = AttentionConfig(backends=tuple(map(backend_of, needs)), reach_skip=args.mc_reach_skip)
+    if needs[0].split and args.cp_comm_type not in (None, ["p2p"]) and MEGATRON not in config.backends:
+        raise ConfigError(
+            f"--cp-comm-type {' '.join(args.cp_comm_type)} has no effect: all layers run in the plugin's kernel, which "
+            "fetches rows by itself."
+        )
     if config.reach_skip:
         _check_reach(args, needs, config)
     return config

@@ -82,13 +82,6 @@ def _splits_rows(args: Namespace) -> bool:
     return _on_te(args) and args.context_parallel_size > 1
 
 
-def _heads_not_shared_out(args: Namespace) -> bool:
-    if not _splits_rows(args) or "a2a" not in _cp_types(args):
-        return False
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    return groups is not None and groups % (args.tensor_model_parallel_size * args.context_parallel_size) != 0
-
-
 CONTEXT_PARALLEL_REFUSALS = (
     Refusal(
         flag="--cp-comm-type",
@@ -104,12 +97,6 @@ CONTEXT_PARALLEL_REFUSALS = (
         flag="--softmax-type with --context-parallel-size",
         asked=lambda a: _splits_rows(a) and a.softmax_type != "vanilla" and set(_cp_types(a)) != {"a2a"},
         why="Transformer Engine has it over context-parallel ranks for --cp-comm-type a2a alone",
-    ),
-    Refusal(
-        flag="--cp-comm-type a2a",
-        asked=_heads_not_shared_out,
-        why="each rank gets whole query groups, so their number must be a multiple of --tensor-model-parallel-size "
-        "times --context-parallel-size",
     ),
 )
 """Refusals of ways to exchange rows that Transformer Engine would reject in the first step."""

@@ -4,6 +4,7 @@
 # of samples. Ends with a table.
 #
 #   bash scripts/ablation.sh [FLAG...]     flags go to all runs; so do the variables of the recipe
+#                                          (--bias-fold is for the recipe alone: ARMS=recipe)
 #
 #   ARMS    which of recipe grapem nope rope (default: all)
 #   SEEDS   of weights and samples, each for all arms (default: 1234)

@@ -42,8 +42,9 @@ else
 fi
 cd "$MC_ROOT"
 if [[ -z $on_gpu ]]; then
-  # whole files to each worker: what a file's tests share is made once
-  workers=$(($(nproc) < 4 ? $(nproc) : 4))
+  # nproc would count threads; whole files to each worker, because their tests share what is made once
+  cores=$(env -u OMP_NUM_THREADS nproc)
+  workers=$((cores < 4 ? cores : 4))
   exec "$(mc_python)" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "${suite[@]}" "${arguments[@]}"
 fi
 

@@ -1,7 +1,7 @@
 """Layer specs: Megatron's own, with our attention and with what stacks without Transformer Engine lack.
 
-Of a Transformer Engine layer only the attention module is exchanged: its fused linear layers, norms and core attention
-stay, and queries and keys reach the latter finished.
+Of a Transformer Engine layer only the attention module is exchanged: its fused linear layers and norms stay, and so
+does its core attention unless another backend was chosen; queries and keys reach it finished.
 """
 
 from __future__ import annotations

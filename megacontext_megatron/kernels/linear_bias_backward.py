@@ -11,14 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megacontext_megatron.kernels.attention_device import bound, product
 from megacontext_megatron.kernels.linear_bias_device import (
-    bound,
     frame_end,
     load_centre,
     load_line,
     load_rows,
     load_slope,
-    product,
     separation,
     visible,
 )

@@ -11,13 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megacontext_megatron.kernels.attention_device import bound, product
 from megacontext_megatron.kernels.window_device import (
-    bound,
     load_angles,
     load_lanes,
     load_rows,
     own_part,
-    product,
     turned,
     visible,
 )

@@ -72,6 +72,11 @@ def test_recomputation_changes_no_bit(matrix: Matrix, tmp_path: Path, how: Flags
         (NORMED, two("CP2, reach skip", CP, {"mc_reach_skip": True}, family=NORMED.family)),
         pytest.param(ON_TE, two("CP2, ring, folded", CP, {"cp_comm_type": "p2p"}, family=ON_TE.family), marks=needs_te),
         pytest.param(ON_TE, two("CP2, a2a, folded", CP, {"cp_comm_type": "a2a"}, family=ON_TE.family), marks=needs_te),
+        pytest.param(
+            ON_TE,
+            two("CP2, all-gather, folded", CP, {"cp_comm_type": "all_gather"}, family=ON_TE.family),
+            marks=needs_te,
+        ),
         pytest.param(ON_TE, two("TP2+SP, folded", TP_SP, family=ON_TE.family), marks=needs_te),
     ],
     ids=str,

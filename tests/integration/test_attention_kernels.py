@@ -7,6 +7,7 @@ back, and so for the layouts that exchange rows.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,33 @@ def test_training_through_the_kernels_is_the_same(trained: Callable[..., TrainRe
     size = max(map(abs, expected))
     worst = max(abs(x - y) for x, y in zip(found, expected, strict=True))
     assert worst <= POSITIONAL_TOLERANCE * size, (worst, size)
+
+
+def yarn_in_the_kernel() -> Callable[[], list[float]]:
+    """Choose the kernel; return by what each layer's norms are told that scores can grow."""
+    from megacontext_megatron import attention_arguments
+    from megacontext_megatron.attention.kernel_attention import LinearBiasAttention
+
+    gains: list[float] = []
+    real = LinearBiasAttention.attach_norms
+
+    def attached(self: Any, *norms: Any, rotated: bool, gain: float) -> None:
+        gains.append(gain)
+        real(self, *norms, rotated=rotated, gain=gain)
+
+    LinearBiasAttention.attach_norms = attached  # pyright: ignore[reportAttributeAccessIssue]
+    attention_arguments.backend_of = lambda need: "triton"
+    return lambda: gains
+
+
+def test_the_reach_knows_by_what_yarn_multiplies_scores(corpus: Path, tmp_path: Path) -> None:
+    yarn = {"position_embedding_type": "yarn", "rope_stretch": 64, "rope_original_length": 64}
+    biased = {"position_bias": ["alibi"], "grape_a": None, "grape_a_learnable": None, "window_size": None}
+    whole = {"window_attn_skip_freq": None, "train_iters": 1, "qk_layernorm": True, "mc_reach_skip": True}
+    flags = small_flags(corpus, **{**FEW_ROWS, **yarn, **biased, **whole})
+    result = train(flags, workdir=tmp_path, before=yarn_in_the_kernel).check()
+    factor = 0.1 * math.log(64) + 1
+    assert result.values[0] == [pytest.approx(factor**2), 1.0]
 
 
 @pytest.mark.full

@@ -16,6 +16,7 @@ from megacontext_megatron.encoding_config import BiasConfig
 BASE = {
     "cpu": False, "bf16": True, "fp16": False, "attention_dropout": 0.0, "softmax_type": "vanilla",
     "gaussian_rope_log_width_bias": False, "qk_clip": False, "log_max_attention_logit": False, "cp_comm_type": ["p2p"],
+    "tensor_model_parallel_size": 1, "group_query_attention": False, "num_query_groups": 1,
     "megacontext": True, "mc_block_size": 32, "mc_max_level": 2, "kv_channels": 128, "hidden_size": 512,
     "num_attention_heads": 4, "num_layers": 4, "seq_length": 1024, "context_parallel_size": 1,
     "window_size": (127, 0), "window_attn_skip_freq": 4, "transformer_impl": "local", "deterministic_mode": False,
@@ -24,6 +25,7 @@ BASE = {
     "position_bias": [], "bias_fold": False, "retrofit": [], "qk_layernorm": False, "normalization": "RMSNorm",
 }  # fmt: skip
 TE = {"transformer_impl": "transformer_engine"}
+A2A = {"context_parallel_size": 2, "cp_comm_type": ["a2a"]}
 RING = {**TE, "context_parallel_size": 2}
 GRAPE = BiasConfig(name="grape-a", layers=(4,), learnable_slopes=True)
 LEARNED = {"grape_a": True, "grape_a_learnable": True}
@@ -62,7 +64,7 @@ def chosen(*biases: BiasConfig, **changes: Any) -> tuple[str, ...]:
         ({**LEARNED, "mc_block_size": 128, "mc_max_level": 1}, (GRAPE,), (*WINDOWS, "triton")),
         ({**LEARNED, "mc_block_size": 128, "megacontext": False}, (GRAPE,), (*WINDOWS, "triton")),
         ({**LEARNED, "mc_block_size": 128}, (dataclasses.replace(GRAPE, slope_scale=0.1),), (*WINDOWS, "triton")),
-        ({**TE, "context_parallel_size": 8, "cp_comm_type": ["a2a"]}, (), ("megatron",) * 4),
+        ({**TE, "context_parallel_size": 8, "cp_comm_type": ["all_gather"]}, (), ("megatron",) * 4),
         ({"window_size": None, "window_attn_skip_freq": None}, (), ("cudnn",) * 4),
         ({"mc_window_backend": "megatron", "mc_global_backend": "triton"}, (), ("megatron",) * 3 + ("triton",)),
         ({"mc_encoding": None}, (), ()),
@@ -100,6 +102,9 @@ def test_the_first_that_is_able_is_chosen(changes: dict[str, Any], biases: tuple
         ({"mc_window_backend": "flex", "window_size": None}, (), "no layer attends to a window"),
         ({"mc_global_backend": "flash4"}, (), "flash-attn-4 is not installed"),
         ({**TE}, (FIRE,), "--mc-global-backend auto finds no attention for layer 4"),
+        ({**TE, **A2A, "tensor_model_parallel_size": 4}, (), "layer 4 .*a multiple of --tensor-model-parallel-size"),
+        ({**TE, **A2A, "group_query_attention": True}, (), "layer 4 .*whole query groups"),
+        ({**TE, **A2A, **LEARNED}, (GRAPE,), "--cp-comm-type a2a has no effect"),
         ({**TE, "attention_dropout": 0.1}, (GRAPE,), "layer 4 .*add --attention-dropout 0"),
         ({**TE, "kv_channels": 96}, (GRAPE,), "layer 4 .*heads of 64 or 128 .*--bias-fold"),
         ({**LEARNED, "mc_gist_span_head": True, **TE}, (GRAPE,), "--mc-gist-span-head moves them"),

@@ -144,7 +144,6 @@ WITH_TE = {
     "no such exchange": ({}, ["--cp-comm-type", "ring", *CP], "p2p, a2a, all_gather, a2a+p2p"),
     "three exchanges for two layers": ({}, ["--cp-comm-type", "p2p", "a2a", "p2p", *CP], "--num-layers"),
     "sinks in a ring": ({}, ["--softmax-type", "learnable", *CP], "--context-parallel-size", "a2a"),
-    "groups": ({"tensor_model_parallel_size": 2}, ["--cp-comm-type", "a2a", *CP], "query groups"),
 }
 """Overrides, words behind the small run's on Transformer Engine's layers, and parts of the refusal."""
 
