@@ -68,9 +68,9 @@ def test_gist_logit_is_closer_to_its_tokens_by_the_predicted_factor(width, recor
     factor = np.sqrt(far.mean() / near.mean())
     # First-order error of a ratio of means of paired samples, halved by the square root.
     relative = (far / far.mean() - near / near.mean()).std(ddof=1) / np.sqrt(near.size) / 2
-    record_property("measured", factor)
-    record_property("standard error", factor * relative)
-    record_property("predicted", predicted_factor(width))
+    record_property("measured", float(factor))
+    record_property("standard error", float(factor * relative))
+    record_property("predicted", float(predicted_factor(width)))
     assert relative < 0.05
     assert abs(factor - predicted_factor(width)) < 4 * factor * relative
     assert factor > 2
