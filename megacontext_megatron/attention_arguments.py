@@ -48,7 +48,7 @@ class Need:
     windowed: bool
     bias: Bias
     learned: bool
-    frame: float = 0.0
+    frame: float
 
     @property
     def head_dim(self) -> int:

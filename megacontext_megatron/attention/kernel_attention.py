@@ -118,7 +118,7 @@ class LinearBiasAttention(KernelAttention):
         self._zero_centred = config.layernorm_zero_centered_gamma
 
     def attach_norms(
-        self, query_norm: torch.nn.Module, key_norm: torch.nn.Module, *, rotated: bool, gain: float = 1.0
+        self, query_norm: torch.nn.Module, key_norm: torch.nn.Module, *, rotated: bool, gain: float
     ) -> None:
         """Leave out keys beyond the reach that the RMS norms of queries and keys bound.
 
