@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ class BiasFold:
         if slopes.dim() > 1:
             # Slopes of rows come from gates, whose backward pass reads queries as they were.
             query = query.clone()
+        if _fuses(query):
+            from megacontext_megatron.kernels.fold import FoldScale, fold, fold_fits
+
+            if fold_fits(query, key, slopes, centre):
+                return fold(query, key, slopes, centre, FoldScale(scale=self.scale, anchor=self.anchor))
+        return self.plain(query, key, slopes, centre)
+
+    def plain(self, query: Tensor, key: Tensor, slopes: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same q and k by PyTorch alone, from any device and dtype; q is overwritten in every case."""
         return _Fold.apply(query, key, slopes / self.scale, centre - self.anchor)  # pyright: ignore[reportReturnType]
 
 
@@ -68,6 +78,16 @@ def split_spare(mixed: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
     The spare channels of q and k are 0 and give the projection a gradient of 0.  q and k are copies, v is a view.
     """
+    if _fuses(mixed):
+        from megacontext_megatron.kernels.fold import split, split_fits
+
+        if split_fits(mixed):
+            return split(mixed, head_dim)
+    return plain_split_spare(mixed, head_dim)
+
+
+def plain_split_spare(mixed: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `split_spare` does by PyTorch alone, from any device and dtype."""
     return _Split.apply(mixed, head_dim)  # pyright: ignore[reportReturnType]
 
 
@@ -82,6 +102,10 @@ def total(slopes: Iterable[Tensor | None]) -> Tensor:
     if not found or any(each is None for each in found):
         raise RuntimeError("a score bias that is not linear in the distance cannot be folded into queries and keys")
     return torch.stack(torch.broadcast_tensors(*(each for each in found if each is not None))).sum(0)
+
+
+def _fuses(heads: Tensor) -> bool:
+    return heads.is_cuda and find_spec("triton") is not None
 
 
 class _Split(torch.autograd.Function):

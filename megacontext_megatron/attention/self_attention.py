@@ -75,10 +75,7 @@ class SpanSelfAttention(SelfAttention):
         self._rotates_inside = self._hand_over_rotation()
 
     def _hand_over_rotation(self) -> bool:
-        """Let core attention rotate queries and keys where nothing else touches them on their way; return whether.
-
-        It does so outside training: its forward pass is faster than two launches, its backward is not.
-        """
+        """Let core attention rotate queries and keys where nothing else touches them on their way; return whether."""
         core, rotary, settings = self.core_attention, self.rotary, self.config.settings
         if not isinstance(core, WindowAttention) or not core.alone or settings.backend != "triton":
             return False
@@ -90,11 +87,6 @@ class SpanSelfAttention(SelfAttention):
             return False
         core.attach_rotation(cast("FusedGaussianRotary", rotary).rotation)
         return True
-
-    @property
-    def _rotates_now(self) -> bool:
-        # By the mode, and not by whether gradients are on, which recomputation turns off and on again.
-        return self._rotates_inside and not self.training
 
     def borrow_bias(self, name: str, lender: SpanSelfAttention) -> None:
         """Use another layer's bias instead of this layer's own, which is dropped with its parameters."""
@@ -170,7 +162,7 @@ class SpanSelfAttention(SelfAttention):
         if not is_carrier(rotary_pos_emb):
             raise RuntimeError(f"layer {self.layer_number} received no span metadata, so it has no positions")
         self._carrier, self._row_tensors = rotary_pos_emb, {}
-        if self._rotates_now or (self._biases and self._fold is None):
+        if self._rotates_inside or (self._biases and self._fold is None):
             # Filled while queries and keys are made, and read by core attention.
             kwargs["attention_bias"] = self._row_tensors
         try:
@@ -189,7 +181,7 @@ class SpanSelfAttention(SelfAttention):
         """Return the parent's tensors with q [s, b, np, hn] and k [s, b, ng, hn] finished."""
         carrier = self._carrier
         assert carrier is not None
-        if self._rotates_now:
+        if self._rotates_inside:
             finished = self._unsplit(hidden_states, carrier)
         elif self._splits_fused and not output_gate:
             finished = self._split_fused(hidden_states, carrier)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,14 @@ from megacontext_megatron.kernels.rotary_arguments import RotaryOptions, RotaryT
 from megacontext_megatron.kernels.window_backward import key_kernel, query_kernel
 from megacontext_megatron.kernels.window_forward import forward_kernel
 from megacontext_megatron.kernels.window_layout import WindowLayout, dense_channels
-from megacontext_megatron.kernels.window_rotation import rotate_keys
+from megacontext_megatron.kernels.window_rotation import rotate_rows
+from megacontext_megatron.kernels.window_strips import (
+    TurnedBack,
+    aligned,
+    strip_forward,
+    strip_query_gradient,
+    why_no_strips,
+)
 
 __all__ = [
     "RowRotation",
@@ -31,7 +38,7 @@ __all__ = [
 _LOG2_E = 1.4426950408889634
 _MOST_PACKED = 128
 _ROTATED_ROWS = 4
-"""Of keys, handled at once by a program."""
+"""Handled at once by a program."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,9 +181,8 @@ def _attention(
         why = f"scores are scaled by {scale}, which is not positive"
     if why is not None:
         raise ValueError(why)
-    chosen = choose_tiles(head_dim, heads // groups, look_back) if tiles is None else tiles
     spec = _Spec(
-        layout=layout, look_back=min(look_back, max(layout.sk - 1, 0)), scale=scale, rotation=rotation, tiles=chosen
+        layout=layout, look_back=min(look_back, max(layout.sk - 1, 0)), scale=scale, rotation=rotation, tiles=tiles
     )
     return _WindowAttention.apply(spec, *sources)
 
@@ -189,40 +195,59 @@ class _Spec:
     look_back: int
     scale: float
     rotation: RowRotation | None
-    tiles: Tiles
+    tiles: Tiles | None
 
 
 class _Turned(NamedTuple):
-    """What a rotation left behind: keys [sk, b, ng, hn] and a table [2 or 4, sk b, groups, r]; neither without one."""
+    """What a rotation leaves behind: queries, keys, both dense, and a table [2 or 4, sk b, groups, r]."""
 
-    key: Tensor | None
-    table: Tensor | None
+    query: Tensor
+    key: Tensor
+    table: Tensor
 
 
-def _common(spec: _Spec, turned: _Turned, tile: Tile) -> dict[str, Any]:
+class _Read(NamedTuple):
+    """Queries, keys and values as the kernels read them, and where they lie."""
+
+    layout: WindowLayout
+    heads: tuple[Tensor, Tensor, Tensor]
+
+
+def _read(spec: _Spec, sources: tuple[Tensor, Tensor | None, Tensor | None], turned: _Turned | None) -> _Read:
+    layout, heads = spec.layout, spec.layout.parts(*sources)
+    if turned is None:
+        return _Read(layout, heads)
+    dense = layout.gradient_of_heads
+    return _Read(replace(layout, query=dense.query, key=dense.key, mixed=False), (turned.query, turned.key, heads[2]))
+
+
+def _common(spec: _Spec, layout: WindowLayout, tile: Tile) -> dict[str, Any]:
     """Return the arguments that all three kernels share."""
-    layout, rotation, table = spec.layout, spec.rotation, turned.table
-    key = layout.key if turned.key is None else layout.gradient_of_heads.key
     return {
-        "table": table,
         "sq": layout.sq, "sk": layout.sk, "batch": layout.b, "look_back": spec.look_back,
-        "planes": 0 if table is None else table.stride(0),
         "query_s": layout.query[0], "query_b": layout.query[1],
         "query_g": layout.query[2], "query_h": layout.query[3],
-        "key_s": key[0], "key_b": key[1], "key_g": key[2],
+        "key_s": layout.key[0], "key_b": layout.key[1], "key_g": layout.key[2],
         "value_s": layout.value[0], "value_b": layout.value[1], "value_g": layout.value[2],
         "NG": layout.ng, "GROUP": layout.per_group, "PACK": layout.packed, "HN": layout.hn,
         "LANES": max(tile.lanes, layout.packed), "KEYS": tile.keys, "MASK_ALL": tile.mask_all,
-        "ROTATE": rotation is not None, "TABLE_GROUPS": 1 if table is None else table.shape[2],
-        "R": 1 if table is None else table.shape[3],
-        "INTERLEAVED": rotation is not None and rotation.options.interleaved,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 
 
-def _query_plane(turned: _Turned) -> int:
+def _turning_back(spec: _Spec, turned: _Turned | None) -> dict[str, Any]:
+    """Return the arguments by which gradients are turned back."""
+    table = None if turned is None else turned.table
+    return {
+        "table": table, "planes": 0 if table is None else table.stride(0), "ROTATE": table is not None,
+        "TABLE_GROUPS": 1 if table is None else table.shape[2], "R": 1 if table is None else table.shape[3],
+        "INTERLEAVED": spec.rotation is not None and spec.rotation.options.interleaved,
+    }  # fmt: skip
+
+
+def _query_plane(turned: _Turned | None) -> int:
     """Return which plane of the table holds the cosines of queries."""
-    return 2 if turned.table is not None and len(turned.table) > 2 else 0
+    return 2 if turned is not None and len(turned.table) > 2 else 0
 
 
 def _launch(kernel: Any, blocks: int, **arguments: Any) -> None:
@@ -230,39 +255,54 @@ def _launch(kernel: Any, blocks: int, **arguments: Any) -> None:
         kernel[(blocks,)](**arguments)
 
 
-def _turned(spec: _Spec, key: Tensor) -> _Turned:
-    """Return rotated keys and the table of their angles."""
+def _turned(spec: _Spec, sources: tuple[Tensor, Tensor | None, Tensor | None]) -> _Turned | None:
+    """Return rotated queries and keys and the table of their angles, if anything is to be rotated."""
     rotation, layout = spec.rotation, spec.layout
     if rotation is None:
-        return _Turned(None, None)
+        return None
+    query, key, _ = layout.parts(*sources)
     places, words, omega = rotation.places, rotation.table.words.contiguous(), rotation.table.omega.contiguous()
     sigma, offset, pairs = places.sigma, places.offset, omega.shape[1]
     sigma_groups = 0 if sigma is None else sigma.shape[2] if sigma.dim() == 3 else 1
     groups = max(len(omega), sigma_groups)
     plain = sigma is not None and not rotation.options.damp_query
     rows = layout.sk * layout.b
-    finished = key.new_empty(layout.sk, layout.b, layout.ng, layout.hn)
-    table = key.new_empty(4 if plain else 2, rows, groups, pairs, dtype=torch.float32)
+    finished = _Turned(
+        query.new_empty(layout.sq, layout.b, layout.np, layout.hn),
+        key.new_empty(layout.sk, layout.b, layout.ng, layout.hn),
+        key.new_empty(4 if plain else 2, rows, groups, pairs, dtype=torch.float32),
+    )
     block_r, heads = triton.next_power_of_2(pairs), min(triton.next_power_of_2(layout.ng // groups), 8)
     sigma_strides = (0, 0, 0) if sigma is None else (*sigma.stride(), 0)[:3]
     offset_strides = (0, 0) if offset is None else offset.stride()
     _launch(
-        rotate_keys, -(-rows // _ROTATED_ROWS),
-        key=key, key_out=finished, table=table,
+        rotate_rows, -(-rows // _ROTATED_ROWS),
+        query=query, key=key, query_out=finished.query, key_out=finished.key, table=finished.table,
         doubled_centre=places.doubled_centre, sigma=sigma, offset=offset, words=words, omega=omega,
-        rows=rows, batch=layout.b, planes=table.stride(0),
+        rows=rows, before=layout.sk - layout.sq, batch=layout.b, planes=finished.table.stride(0),
+        query_s=layout.query[0], query_b=layout.query[1], query_g=layout.query[2], query_h=layout.query[3],
         key_s=layout.key[0], key_b=layout.key[1], key_g=layout.key[2],
         centre_s=places.doubled_centre.stride(0), centre_b=places.doubled_centre.stride(1),
         sigma_s=sigma_strides[0], sigma_b=sigma_strides[1], sigma_g=sigma_strides[2],
         offset_s=offset_strides[0], offset_b=offset_strides[1],
-        NG=layout.ng, HN=layout.hn, R=pairs, BLOCK_R=block_r,
+        NP=layout.np, NG=layout.ng, HN=layout.hn, R=pairs, BLOCK_R=block_r,
         BLOCK_REST=triton.next_power_of_2(max(1, layout.hn - 2 * pairs)),
         ROWS=_ROTATED_ROWS, HEADS=heads, GROUPS=groups,
         FREQUENCY_GROUPS=len(omega), SIGMA_GROUPS=sigma_groups, HAS_OFFSET=offset is not None,
         PLAIN=plain, INTERLEAVED=rotation.options.interleaved,
         num_warps=max(1, min(8, _ROTATED_ROWS * heads * block_r // 256)),
     )  # fmt: skip
-    return _Turned(finished, table)
+    return finished
+
+
+def _strips(spec: _Spec, read: _Read) -> bool:
+    """Return whether the kernels of window_strips serve, unless tiles were asked for."""
+    return spec.tiles is None and why_no_strips(read.layout, spec.look_back, read.heads) is None
+
+
+def _tiles(spec: _Spec) -> Tiles:
+    layout = spec.layout
+    return spec.tiles or choose_tiles(layout.hn, layout.per_group, spec.look_back)
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -270,18 +310,22 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: _Spec, source: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
-        layout, tile = spec.layout, spec.tiles.forward
-        q, k, v = layout.parts(source, key, value)
-        turned = _turned(spec, k)
+        turned = _turned(spec, (source, key, value))
+        read = _read(spec, (source, key, value), turned)
+        layout, scale = read.layout, spec.scale * _LOG2_E
         out = source.new_empty(layout.sq, layout.b, layout.np, layout.hn)
         normaliser = source.new_empty(layout.b, layout.ng, layout.sq, layout.per_group, dtype=torch.float32)
-        _launch(
-            forward_kernel, layout.query_blocks(tile.lanes),
-            query=q, key=k if turned.key is None else turned.key, value=v, out=out, normaliser=normaliser,
-            scale=spec.scale * _LOG2_E, QUERY_PLANE=_query_plane(turned), **_common(spec, turned, tile),
-        )  # fmt: skip
-        ctx.spec = spec
-        ctx.save_for_backward(source, key, value, out, normaliser, *turned)
+        if _strips(spec, read):
+            strip_forward(layout, read.heads, scale, out, normaliser)
+        else:
+            tile = _tiles(spec).forward
+            query, k, v = read.heads
+            _launch(
+                forward_kernel, layout.query_blocks(tile.lanes), query=query, key=k, value=v,
+                out=out, normaliser=normaliser, scale=scale, **_common(spec, layout, tile),
+            )  # fmt: skip
+        ctx.spec, ctx.turned = spec, turned is not None
+        ctx.save_for_backward(source, key, value, out, normaliser, *(turned or ()))
         return out
 
     @staticmethod
@@ -289,10 +333,9 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         source, key, value, out, normaliser, *rest = ctx.saved_tensors
         spec: _Spec = ctx.spec
-        layout, turned, grad = spec.layout, _Turned(*rest), gradients[0].contiguous()
-        q, k, v = layout.parts(source, key, value)
-        k = k if turned.key is None else turned.key
-        to = layout.gradient
+        turned = _Turned(*rest) if ctx.turned else None
+        read = _read(spec, (source, key, value), turned)
+        layout, to, grad = read.layout, spec.layout.gradient, aligned(gradients[0])
         wanted: tuple[Tensor | None, ...]
         if key is None or value is None:
             wanted = source.new_empty(source.shape), None, None
@@ -300,25 +343,28 @@ class _WindowAttention(torch.autograd.Function):
             wanted = source.new_empty(source.shape), key.new_empty(key.shape), value.new_empty(value.shape)
         q_grad, k_grad, v_grad = to.parts(*wanted)
         delta = torch.empty_like(normaliser)
-        # Only a rotation leaves queries behind that differ from those that came in.
-        queries = torch.empty_like(out) if spec.rotation is not None else q
-        tile = spec.tiles.query
+        query, k, v = read.heads
+        if _strips(spec, read):
+            back = None
+            if turned is not None and spec.rotation is not None:
+                back = TurnedBack(turned.table, _query_plane(turned), spec.rotation.options.interleaved)
+            strip_query_gradient(
+                layout, read.heads, spec.scale, (grad, normaliser), into=(to, q_grad, delta), turned=back
+            )
+        else:
+            tile = _tiles(spec).query
+            _launch(
+                query_kernel, layout.query_blocks(tile.lanes), query=query, key=k, value=v, out=out, out_grad=grad,
+                normaliser=normaliser, delta=delta, query_grad=q_grad, scale=spec.scale,
+                query_grad_s=to.query[0], query_grad_b=to.query[1],
+                query_grad_g=to.query[2], query_grad_h=to.query[3],
+                QUERY_PLANE=_query_plane(turned), **_common(spec, layout, tile), **_turning_back(spec, turned),
+            )  # fmt: skip
+        tile = _tiles(spec).key
         _launch(
-            query_kernel, layout.query_blocks(tile.lanes),
-            query=q, key=k, value=v, out=out, out_grad=grad, normaliser=normaliser, delta=delta,
-            query_turned=queries, query_grad=q_grad, scale=spec.scale,
-            query_grad_s=to.query[0], query_grad_b=to.query[1], query_grad_g=to.query[2], query_grad_h=to.query[3],
-            QUERY_PLANE=_query_plane(turned), **_common(spec, turned, tile),
-        )  # fmt: skip
-        tile = spec.tiles.key
-        common = _common(spec, turned, tile)
-        if spec.rotation is not None:
-            dense = layout.gradient_of_heads.query
-            common |= {"query_s": dense[0], "query_b": dense[1], "query_g": dense[2], "query_h": dense[3]}
-        _launch(
-            key_kernel, layout.key_blocks(tile.keys),
-            query=queries, key=k, value=v, out_grad=grad, normaliser=normaliser, delta=delta,
-            key_grad=k_grad, value_grad=v_grad, scale=spec.scale,
-            key_grad_s=to.key[0], key_grad_b=to.key[1], key_grad_g=to.key[2], **common,
+            key_kernel, layout.key_blocks(tile.keys), query=query, key=k, value=v, out_grad=grad,
+            normaliser=normaliser, delta=delta, key_grad=k_grad, value_grad=v_grad, scale=spec.scale,
+            key_grad_s=to.key[0], key_grad_b=to.key[1], key_grad_g=to.key[2],
+            **_common(spec, layout, tile), **_turning_back(spec, turned),
         )  # fmt: skip
         return None, *wanted

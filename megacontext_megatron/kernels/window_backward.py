@@ -3,8 +3,8 @@
 With P the weights, dP = dO V' and delta = rowsum(dO O): dS = P (dP - delta), dQ = dS K, dK = dS' Q, dV = P' dO (Dao et
 al., "FlashAttention", appendix B).  Weights are found again from the saved logarithm of their sum.  Each kernel
 forms the scores of its own tiles: two products more than one kernel for all would need, whose partial sums in fp32 of
-keys' gradients would be more bytes than all else.  The kernel of queries runs first: it leaves delta behind and, where
-it rotates them, the rotated queries.
+keys' gradients would be more bytes than all else.  The kernel of queries runs first and leaves delta behind.  Where
+queries and keys were rotated, each turns its gradient back before it writes it.
 """
 
 # Names in capitals are compile-time constants, as in all Triton code.
@@ -38,7 +38,6 @@ def query_kernel(
     out_grad,
     normaliser,
     delta,
-    query_turned,
     query_grad,
     scale,
     sq,
@@ -73,7 +72,7 @@ def query_kernel(
     R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Write gradients of queries, delta fp32 [b, ng, sq, GROUP] and, with ROTATE, rotated queries [sq, b, np, hn].
+    """Write gradients of queries, turned back with ROTATE, and delta fp32 [b, ng, sq, GROUP].
 
     `out` and `out_grad` are contiguous [sq, b, np, hn]; `scale` is that of scores in nats.
     """
@@ -94,12 +93,6 @@ def query_kernel(
     q = load_lanes(
         query + m * tl.cast(query_s, tl.int64) + sequence * query_b + group * query_g, own, head, query_s, query_h, HN
     )
-    line = (((sk - sq + m + own).to(tl.int64) * batch + sequence) * TABLE_GROUPS) + group % TABLE_GROUPS
-    if ROTATE:
-        cos, sin = load_angles(table, planes, line, QUERY_PLANE, HN, R)
-        q = turned(q, cos, sin, R, INTERLEAVED).to(query.dtype.element_ty)
-        target = query_turned + dense + (own * step + head * HN)[:, None] + tl.arange(0, HN)[None, :]
-        tl.store(target, q, mask=inside[:, None])
     log = tl.load(normaliser + lines)
     key += sequence * key_b + group * key_g
     value += sequence * value_b + group * value_g
@@ -122,6 +115,7 @@ def query_kernel(
         acc = product(change.to(k.dtype), k, acc)
     acc = acc * scale
     if ROTATE:
+        line = (((sk - sq + m + own).to(tl.int64) * batch + sequence) * TABLE_GROUPS) + group % TABLE_GROUPS
         cos, sin = load_angles(table, planes, line, QUERY_PLANE, HN, R)
         acc = turned(acc, cos, -sin, R, INTERLEAVED)
     target = query_grad + m * tl.cast(query_grad_s, tl.int64) + sequence * query_grad_b + group * query_grad_g
@@ -171,7 +165,7 @@ def key_kernel(
     R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Write gradients of keys and values, which have the same strides; queries and keys are rotated where ROTATE is.
+    """Write gradients of keys, turned back with ROTATE, and of values, which have the same strides.
 
     `out_grad` is contiguous [sq, b, np, hn]; `scale` is that of scores in nats.
     """

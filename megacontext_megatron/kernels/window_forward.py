@@ -13,11 +13,9 @@ import triton.language as tl
 
 from megacontext_megatron.kernels.attention_device import bound, product
 from megacontext_megatron.kernels.window_device import (
-    load_angles,
     load_lanes,
     load_rows,
     own_part,
-    turned,
     visible,
 )
 
@@ -30,7 +28,6 @@ def forward_kernel(
     query,
     key,
     value,
-    table,
     out,
     normaliser,
     scale,
@@ -38,7 +35,6 @@ def forward_kernel(
     sk,
     batch,
     look_back,
-    planes,
     query_s,
     query_b,
     query_g,
@@ -56,15 +52,10 @@ def forward_kernel(
     LANES: tl.constexpr,
     KEYS: tl.constexpr,
     MASK_ALL: tl.constexpr,
-    ROTATE: tl.constexpr,
-    TABLE_GROUPS: tl.constexpr,
-    QUERY_PLANE: tl.constexpr,
-    R: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
 ):
     """Write attention [sq, b, np, hn], contiguous, and log2 of each lane's sum of weights, fp32 [b, ng, sq, GROUP].
 
-    `scale` includes log2 e and is positive.  With ROTATE, queries come unrotated and keys rotated.
+    `scale` includes log2 e and is positive.
     """
     ROWS: tl.constexpr = LANES // PACK
     tile, sequence, group = own_part(batch, NG)
@@ -76,10 +67,6 @@ def forward_kernel(
     q = load_lanes(
         query + m * tl.cast(query_s, tl.int64) + sequence * query_b + group * query_g, own, head, query_s, query_h, HN
     )
-    if ROTATE:
-        line = (((sk - sq + m + own).to(tl.int64) * batch + sequence) * TABLE_GROUPS) + group % TABLE_GROUPS
-        cos, sin = load_angles(table, planes, line, QUERY_PLANE, HN, R)
-        q = turned(q, cos, sin, R, INTERLEAVED).to(query.dtype.element_ty)
     key += sequence * key_b + group * key_g
     value += sequence * value_b + group * value_g
     first_row = sk - sq + m

@@ -1,8 +1,7 @@
-"""Keys of sliding-window attention rotated once, and the cosines and sines that its queries are rotated with.
+"""Queries and keys of sliding-window attention rotated once, and the cosines and sines of it.
 
-A key is visited by several programs and a query by one, so keys are rotated before, and queries where they are read.
-One program owns a few rows; it finds their angles once for all heads, or once for each query group where groups differ,
-and leaves them behind in fp32.
+The backward kernels turn gradients back where they finish them, by the angles that are left behind in fp32.  One
+program owns a few rows; it finds their angles once for all heads, or once for each query group where groups differ.
 """
 
 # Names in capitals are compile-time constants, as in all Triton code.
@@ -23,8 +22,33 @@ from megacontext_megatron.kernels.rotary_device import (
 
 
 @triton.jit
-def rotate_keys(
+def _rotate_heads(
+    source,
+    target,
+    cos,
+    sin,
+    pair,
+    rest,
+    inside,
+    HN: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Write one head a lane rotated, and its channels that do not turn as they are."""
+    first, second = load_pairs(source, pair, inside, R, BLOCK_R, INTERLEAVED)
+    one, other = first * cos - second * sin, second * cos + first * sin
+    store_pairs(target, one, other, pair, inside, R, BLOCK_R, INTERLEAVED)
+    if 2 * R < HN:
+        passed = load_rest(source, rest, inside, HN, R)
+        tl.store(target + 2 * R + rest, passed.to(target.dtype.element_ty), mask=inside & (rest < HN - 2 * R))
+
+
+@triton.jit
+def rotate_rows(
+    query,
     key,
+    query_out,
     key_out,
     table,
     doubled_centre,
@@ -33,8 +57,13 @@ def rotate_keys(
     words,
     omega,
     rows,
+    before,
     batch,
     planes,
+    query_s,
+    query_b,
+    query_g,
+    query_h,
     key_s,
     key_b,
     key_g,
@@ -45,6 +74,7 @@ def rotate_keys(
     sigma_g,
     offset_s,
     offset_b,
+    NP: tl.constexpr,
     NG: tl.constexpr,
     HN: tl.constexpr,
     R: tl.constexpr,
@@ -59,11 +89,14 @@ def rotate_keys(
     PLAIN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Write rotated and damped keys [T, ng, hn], and a table fp32 [2 or 4, T, GROUPS, R] of T rows of all sequences.
+    """Write rotated and damped queries and keys, dense, and a table fp32 [2 or 4, T, GROUPS, R] of T rows.
 
-    The table holds the cosines and sines of keys, damped, and with PLAIN then those of queries, not damped.
+    T counts rows of keys of all sequences, of which the first `before` rows of each have no query.  The table holds the
+    cosines and sines of keys, damped, and with PLAIN then those of queries, not damped.
     """
     KEY_HEADS: tl.constexpr = NG // GROUPS
+    QUERY_HEADS: tl.constexpr = NP // GROUPS
+    PER_GROUP: tl.constexpr = NP // NG
     pair = tl.arange(0, BLOCK_R)[None, :]
     rest = tl.arange(0, BLOCK_REST)[None, :]
     lane = tl.arange(0, ROWS * HEADS)[:, None]
@@ -75,6 +108,9 @@ def rotate_keys(
         moved = load_of_row(offset, number, live, batch, offset_s, offset_b).to(tl.float32)
     row = number.to(tl.int64)
     source = key + (row // batch) * key_s + (row % batch) * key_b
+    asks = live & (row // batch >= before)
+    query += (row // batch - before) * query_s + (row % batch) * query_b
+    query_out += (row - before * batch) * (NP * HN)
     # Lanes of one row hold the same angles, of which the first writes them.
     writes = live & (lane % HEADS == 0) & (pair < R)
     for group in tl.range(0, GROUPS):
@@ -82,6 +118,7 @@ def rotate_keys(
         rate = tl.load(omega + frequency_group * R + pair, mask=pair < R, other=0.0)
         cos, sin = row_angles(doubled, moved, words, frequency_group, rate, pair, R, FREQUENCY_GROUPS, HAS_OFFSET)
         line = table + (row * GROUPS + group) * R + pair
+        plain_cos, plain_sin = cos, sin
         if PLAIN:
             tl.store(line + 2 * planes, cos, mask=writes)
             tl.store(line + 3 * planes, sin, mask=writes)
@@ -91,13 +128,17 @@ def rotate_keys(
             cos, sin = cos * damp, sin * damp
         tl.store(line, cos, mask=writes)
         tl.store(line + planes, sin, mask=writes)
+        if not PLAIN:
+            plain_cos, plain_sin = cos, sin
         for start in tl.static_range(0, KEY_HEADS, HEADS):
-            inside = live & (start + lane % HEADS < KEY_HEADS)
             head = group * KEY_HEADS + start + lane % HEADS
-            first, second = load_pairs(source + head * key_g, pair, inside, R, BLOCK_R, INTERLEAVED)
+            inside = live & (start + lane % HEADS < KEY_HEADS)
             target = key_out + row * (NG * HN) + head * HN
-            one, other = first * cos - second * sin, second * cos + first * sin
-            store_pairs(target, one, other, pair, inside, R, BLOCK_R, INTERLEAVED)
-            if 2 * R < HN:
-                passed = load_rest(source + head * key_g, rest, inside, HN, R)
-                tl.store(target + 2 * R + rest, passed.to(key_out.dtype.element_ty), mask=inside & (rest < HN - 2 * R))
+            _rotate_heads(source + head * key_g, target, cos, sin, pair, rest, inside, HN, R, BLOCK_R, INTERLEAVED)
+        for start in tl.static_range(0, QUERY_HEADS, HEADS):
+            head = group * QUERY_HEADS + start + lane % HEADS
+            inside = asks & (start + lane % HEADS < QUERY_HEADS)
+            at = query + (head // PER_GROUP) * query_g + (head % PER_GROUP) * query_h
+            _rotate_heads(
+                at, query_out + head * HN, plain_cos, plain_sin, pair, rest, inside, HN, R, BLOCK_R, INTERLEAVED
+            )
