@@ -81,6 +81,9 @@ GRAPE: Flags = WINDOWS | {
 }
 """Rotary in windows, and a learned linear bias on the one layer that sees everything."""
 
+STRIPS: Flags = {"window_size": "127,0", "kv_channels": 128, "num_query_groups": 2}
+"""Windows and heads for which Hopper has kernels of its own."""
+
 MOE: Flags = {
     "num_experts": 4,
     "moe_layer_freq": "([0]*1+[1]*3)",
@@ -114,6 +117,7 @@ FAMILIES = {
     "te, span head": MODEL | LEVEL | ON_TE | SPAN_HEAD,
     "te, prediction": MODEL | LEVEL | ON_TE | PREDICTION,
     "local, kernels": MODEL | GRAPE | LOCAL | {"bf16": True},
+    "local, strips": MODEL | GRAPE | LOCAL | STRIPS | {"bf16": True},
     "local, kernels, QK-norm": MODEL | GRAPE | LOCAL | {"bf16": True, "qk_layernorm": True},
     "folded": MODEL | GRAPE | LOCAL | {"bf16": True, "bias_fold": True},
     "te, folded": MODEL | GRAPE | ON_TE | {"bias_fold": True},

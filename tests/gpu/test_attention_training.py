@@ -13,6 +13,7 @@ from tests.launch import TrainResult
 from tests.parity import CP, PP, TP_SP, Flags, Layout, difference
 
 KERNELS = one_gpu("kernels", family="local, kernels")
+STRIPS = one_gpu("strips", family="local, strips")
 NORMED = one_gpu("kernels, QK-norm", family="local, kernels, QK-norm")
 FOLDED = one_gpu("folded, cuDNN", family="folded")
 ON_TE = one_gpu("folded, Transformer Engine", family="te, folded")
@@ -32,12 +33,13 @@ def backends(result: TrainResult) -> list[str]:
     ("one", "other", "used"),
     [
         (KERNELS, DENSE, ["dense"] * 3 + ["dense, biased"]),
+        (STRIPS, DENSE, ["dense"] * 3 + ["dense, biased"]),
         (KERNELS, FLEX, ["flex"] * 3 + ["triton"]),
         (FOLDED, TRITON, ["triton"] * 4),
         (FOLDED, DENSE, ["dense"] * 3 + ["dense, biased"]),
         (NORMED, {"mc_reach_skip": True}, ["triton"] * 3 + ["triton, reach skip"]),
     ],
-    ids=["dense", "flex", "folded, triton", "folded, dense", "reach skip"],
+    ids=["dense", "strips, dense", "flex", "folded, triton", "folded, dense", "reach skip"],
 )
 def test_backends_train_the_same(matrix: Matrix, tmp_path: Path, one: Layout, other: Flags, used: list[str]) -> None:
     layout = one_gpu(f"{one.name}, {' '.join(f'{k} {v}' for k, v in other.items())}", family=one.family, **other)
@@ -69,6 +71,7 @@ def test_recomputation_changes_no_bit(matrix: Matrix, tmp_path: Path, how: Flags
         (KERNELS, two("TP2+SP, kernels", TP_SP, family=KERNELS.family)),
         (KERNELS, two("PP2, kernels", PP, family=KERNELS.family)),
         (KERNELS, two("CP2, kernels", CP, family=KERNELS.family)),
+        (STRIPS, two("CP2, strips", CP, family=STRIPS.family)),
         (NORMED, two("CP2, reach skip", CP, {"mc_reach_skip": True}, family=NORMED.family)),
         pytest.param(ON_TE, two("CP2, ring, folded", CP, {"cp_comm_type": "p2p"}, family=ON_TE.family), marks=needs_te),
         pytest.param(ON_TE, two("CP2, a2a, folded", CP, {"cp_comm_type": "a2a"}, family=ON_TE.family), marks=needs_te),

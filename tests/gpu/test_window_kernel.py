@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megacontext_megatron.kernels.window_attention import window_attention
+from megacontext_megatron.kernels.window_attention import choose_tiles, window_attention
 from tests import window_checks
 from tests.window_cases import Case, check_against_float64, found, given_of
 
@@ -16,8 +16,12 @@ REAL = Case(sq=4096, sk=4096, b=1, np=32, ng=8, hn=128, look_back=127, dtype=tor
 RAGGED = dataclasses.replace(REAL, sq=333, sk=701, b=2, np=8, ng=2)
 TURNED = dataclasses.replace(RAGGED, rotary="halves", sigma=1, offset=True)
 MIXED = dataclasses.replace(TURNED, sq=701, mixed=True)
+HALO = dataclasses.replace(RAGGED, sq=256, sk=383, dtype=torch.float16)
+TILES = choose_tiles(128, 4, 127)
 CASES = [
     REAL,
+    HALO,
+    *(dataclasses.replace(case, tiles=TILES) for case in (REAL, RAGGED, TURNED, MIXED)),
     dataclasses.replace(REAL, rotary="halves", sigma=1, mixed=True),
     *(dataclasses.replace(RAGGED, look_back=look_back) for look_back in (0, 1, 31, 127, 1000)),
     dataclasses.replace(RAGGED, np=4, ng=4, dtype=torch.float16),
@@ -61,9 +65,20 @@ def test_rotation_inside_is_the_separate_one(rotary):
     window_checks.check_rotation_is_the_separate_one(case, DEVICE)
 
 
-@pytest.mark.parametrize("case", [REAL, MIXED], ids=str)
+@pytest.mark.parametrize("case", [REAL, dataclasses.replace(REAL, tiles=TILES), MIXED], ids=str)
 def test_backward_is_deterministic(case):
     window_checks.check_backward_is_deterministic(case, DEVICE)
+
+
+@pytest.mark.parametrize("case", [RAGGED, HALO, MIXED, dataclasses.replace(REAL, sk=1024, sq=1024)], ids=str)
+def test_calls_one_after_another_give_the_same_bits(case):
+    """What is copied too early or too late into a tile shows only now and then."""
+    given = given_of(case, DEVICE)
+    out, gradients = found(case, given)
+    for _ in range(100):
+        same_out, same = found(case, given)
+        assert torch.equal(out, same_out)
+        assert all(map(torch.equal, gradients, same))
 
 
 def test_more_channels_than_32_bits_count():
