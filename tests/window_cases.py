@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megacontext_megatron.kernels.rotary_arguments import RotaryOptions, RotaryTable, RowPlaces
+from megacontext_megatron.kernels.row_rotation import RowRotation
 from megacontext_megatron.kernels.window_attention import (
-    RowRotation,
     Tiles,
     split_window_attention,
     window_attention,

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megacontext_megatron.attention.biased_attention import CENTRE
 from megacontext_megatron.attention.core_attention import GatheredRows
-from megacontext_megatron.attention.halo import chunks_with_halo
+from megacontext_megatron.attention.window_chunks import chunked_window_attention
 from megacontext_megatron.attention.windows import window_of
 
 CARRIER, SLOPES = "carrier", "slopes"
@@ -96,9 +96,8 @@ class WindowAttention(KernelAttention):
             return split_window_attention(query, self._head_dim, look_back, self._scale, rotation=rotation).flatten(2)
         if self.alone:
             return window_attention(query, key, value, look_back, self._scale).flatten(2)
-        halves = zip(query.chunk(2), chunks_with_halo(key, value, look_back, self._cp), strict=True)
-        parts = [window_attention(part, *chunk, look_back, self._scale) for part, chunk in halves]
-        return torch.cat(parts).flatten(2)
+        found = chunked_window_attention(query, key, value, look_back, scale=self._scale, group=self._cp)
+        return found.flatten(2)
 
 
 class LinearBiasAttention(KernelAttention):

@@ -10,7 +10,7 @@ from torch import Tensor
 from megacontext_megatron.config import GaussianRopeConfig
 from megacontext_megatron.kernels.rotary import span_rotary, split_span_rotary
 from megacontext_megatron.kernels.rotary_arguments import QKNorm, RotaryOptions, RotaryTable, RowPlaces
-from megacontext_megatron.kernels.window_attention import RowRotation
+from megacontext_megatron.kernels.row_rotation import RowRotation
 from megacontext_megatron.position.gaussian import GaussianRotary
 from megacontext_megatron.spans.metadata import SpanMetadata, carried_places
 

@@ -6,16 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
-from megacontext_megatron.kernels.rotary_arguments import RotaryOptions, RotaryTable, RowPlaces
+from megacontext_megatron.kernels.row_rotation import RowRotation, Turned, turned_rows, why_rotation_unsupported
 from megacontext_megatron.kernels.window_backward import key_kernel, query_kernel
 from megacontext_megatron.kernels.window_forward import forward_kernel
 from megacontext_megatron.kernels.window_layout import WindowLayout, dense_channels
-from megacontext_megatron.kernels.window_rotation import rotate_rows
 from megacontext_megatron.kernels.window_strips import (
     TurnedBack,
     aligned,
@@ -25,29 +23,21 @@ from megacontext_megatron.kernels.window_strips import (
 )
 
 __all__ = [
-    "RowRotation",
     "Tile",
     "Tiles",
+    "attend_rows",
     "choose_tiles",
+    "gradients_of_rows",
     "split_window_attention",
-    "why_rotation_unsupported",
     "why_unsupported",
     "window_attention",
 ]
 
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values, or as many other tensors that belong to them."""
+
 _LOG2_E = 1.4426950408889634
 _MOST_PACKED = 128
-_ROTATED_ROWS = 4
-"""Handled at once by a program."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowRotation:
-    """A rotary inside the attention: places of the key rows [sk, b], frequencies, and options."""
-
-    places: RowPlaces
-    table: RotaryTable
-    options: RotaryOptions
 
 
 class Tile(NamedTuple):
@@ -94,24 +84,6 @@ def why_unsupported(heads: int, groups: int, head_dim: int, dtype: torch.dtype, 
         return f"{heads} query heads are not a multiple of {groups} query groups"
     if heads // groups > _MOST_PACKED:
         return f"the kernel serves up to {_MOST_PACKED} query heads of a group, not {heads // groups}"
-    return None
-
-
-def why_rotation_unsupported(rotation: RowRotation, head_dim: int, groups: int) -> str | None:
-    """Return why a rotation cannot be done inside, in a sentence, or None."""
-    places, table = rotation.places, rotation.table
-    pairs = table.omega.shape[-1]
-    learnt = {"frequencies": table.omega, "widths": places.sigma, "offsets": places.offset}
-    for name, given in learnt.items():
-        if given is not None and given.requires_grad:
-            return f"rotary inside the window's kernel gives {name} no gradient"
-    if not 0 < 2 * pairs <= head_dim:
-        return f"heads of {head_dim} channels do not hold {pairs} rotary pairs"
-    if not rotation.options.interleaved and head_dim % (2 * pairs):
-        return f"{pairs} rotary pairs of opposite channels do not divide half a head of {head_dim} channels"
-    widths = 1 if places.sigma is None or places.sigma.dim() == 2 else places.sigma.shape[2]
-    if not {len(table.omega), widths} <= {1, groups}:
-        return f"{len(table.omega)} sets of frequencies and {widths} widths do not fit {groups} query groups"
     return None
 
 
@@ -166,10 +138,47 @@ def _attention(
     rotation: RowRotation | None,
     tiles: Tiles | None,
 ) -> Tensor:
-    """Launch; raises ValueError where a tensor or number does not fit."""
+    spec = _spec_of(layout, look_back, scale, sources[0].dtype, rotation=rotation, tiles=tiles)
+    return _WindowAttention.apply(spec, *sources)
+
+
+def attend_rows(heads: Heads, out: Tensor, *, look_back: int, scale: float) -> Tensor:
+    """Write attention of queries, keys and values to `out`, as window_attention finds it, and return normalisers.
+
+    For autograd functions: nothing is recorded.  `out` is contiguous; normalisers are fp32 [b, ng, sq, np / ng].
+    """
+    read = _read_of(heads)
+    spec = _spec_of(read.layout, look_back, scale, out.dtype)
+    normaliser = _normaliser(read.layout, out)
+    _attend(spec, read, out, normaliser)
+    return normaliser
+
+
+def gradients_of_rows(heads: Heads, given: Heads, into: Heads, *, look_back: int, scale: float) -> None:
+    """Write gradients of queries, keys and values, contiguous; `given` are output, its gradient, and normalisers."""
+    read = _read_of(heads)
+    spec = _spec_of(read.layout, look_back, scale, given[0].dtype)
+    out, grad, normaliser = given
+    _turn_back(spec, read, None, (out, aligned(grad), normaliser), (read.layout.gradient_of_heads, *into))
+
+
+def _read_of(heads: Heads) -> _Read:
+    query, key, value = map(dense_channels, heads)
+    return _Read(WindowLayout.of_heads(query, key, value), (query, key, value))
+
+
+def _spec_of(
+    layout: WindowLayout,
+    look_back: int,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    rotation: RowRotation | None = None,
+    tiles: Tiles | None = None,
+) -> _Spec:
+    """Return what a call is made of; raises ValueError where a tensor or number does not fit."""
     heads, groups, head_dim = layout.np, layout.ng, layout.hn
-    interpreted = knobs.runtime.interpret
-    why = why_unsupported(heads, groups, head_dim, sources[0].dtype, interpreted=interpreted)
+    why = why_unsupported(heads, groups, head_dim, dtype, interpreted=knobs.runtime.interpret)
     if why is None and rotation is not None:
         why = why_rotation_unsupported(rotation, head_dim, groups)
     if why is None and rotation is not None and rotation.places.doubled_centre.shape != (layout.sk, layout.b):
@@ -181,10 +190,8 @@ def _attention(
         why = f"scores are scaled by {scale}, which is not positive"
     if why is not None:
         raise ValueError(why)
-    spec = _Spec(
-        layout=layout, look_back=min(look_back, max(layout.sk - 1, 0)), scale=scale, rotation=rotation, tiles=tiles
-    )
-    return _WindowAttention.apply(spec, *sources)
+    reach = min(look_back, max(layout.sk - 1, 0))
+    return _Spec(layout=layout, look_back=reach, scale=scale, rotation=rotation, tiles=tiles)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,22 +205,14 @@ class _Spec:
     tiles: Tiles | None
 
 
-class _Turned(NamedTuple):
-    """What a rotation leaves behind: queries, keys, both dense, and a table [2 or 4, sk b, groups, r]."""
-
-    query: Tensor
-    key: Tensor
-    table: Tensor
-
-
 class _Read(NamedTuple):
     """Queries, keys and values as the kernels read them, and where they lie."""
 
     layout: WindowLayout
-    heads: tuple[Tensor, Tensor, Tensor]
+    heads: Heads
 
 
-def _read(spec: _Spec, sources: tuple[Tensor, Tensor | None, Tensor | None], turned: _Turned | None) -> _Read:
+def _read(spec: _Spec, sources: tuple[Tensor, Tensor | None, Tensor | None], turned: Turned | None) -> _Read:
     layout, heads = spec.layout, spec.layout.parts(*sources)
     if turned is None:
         return _Read(layout, heads)
@@ -235,7 +234,7 @@ def _common(spec: _Spec, layout: WindowLayout, tile: Tile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _turning_back(spec: _Spec, turned: _Turned | None) -> dict[str, Any]:
+def _turning_back(spec: _Spec, turned: Turned | None) -> dict[str, Any]:
     """Return the arguments by which gradients are turned back."""
     table = None if turned is None else turned.table
     return {
@@ -245,54 +244,9 @@ def _turning_back(spec: _Spec, turned: _Turned | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _query_plane(turned: _Turned | None) -> int:
-    """Return which plane of the table holds the cosines of queries."""
-    return 2 if turned is not None and len(turned.table) > 2 else 0
-
-
 def _launch(kernel: Any, blocks: int, **arguments: Any) -> None:
     if blocks:
         kernel[(blocks,)](**arguments)
-
-
-def _turned(spec: _Spec, sources: tuple[Tensor, Tensor | None, Tensor | None]) -> _Turned | None:
-    """Return rotated queries and keys and the table of their angles, if anything is to be rotated."""
-    rotation, layout = spec.rotation, spec.layout
-    if rotation is None:
-        return None
-    query, key, _ = layout.parts(*sources)
-    places, words, omega = rotation.places, rotation.table.words.contiguous(), rotation.table.omega.contiguous()
-    sigma, offset, pairs = places.sigma, places.offset, omega.shape[1]
-    sigma_groups = 0 if sigma is None else sigma.shape[2] if sigma.dim() == 3 else 1
-    groups = max(len(omega), sigma_groups)
-    plain = sigma is not None and not rotation.options.damp_query
-    rows = layout.sk * layout.b
-    finished = _Turned(
-        query.new_empty(layout.sq, layout.b, layout.np, layout.hn),
-        key.new_empty(layout.sk, layout.b, layout.ng, layout.hn),
-        key.new_empty(4 if plain else 2, rows, groups, pairs, dtype=torch.float32),
-    )
-    block_r, heads = triton.next_power_of_2(pairs), min(triton.next_power_of_2(layout.ng // groups), 8)
-    sigma_strides = (0, 0, 0) if sigma is None else (*sigma.stride(), 0)[:3]
-    offset_strides = (0, 0) if offset is None else offset.stride()
-    _launch(
-        rotate_rows, -(-rows // _ROTATED_ROWS),
-        query=query, key=key, query_out=finished.query, key_out=finished.key, table=finished.table,
-        doubled_centre=places.doubled_centre, sigma=sigma, offset=offset, words=words, omega=omega,
-        rows=rows, before=layout.sk - layout.sq, batch=layout.b, planes=finished.table.stride(0),
-        query_s=layout.query[0], query_b=layout.query[1], query_g=layout.query[2], query_h=layout.query[3],
-        key_s=layout.key[0], key_b=layout.key[1], key_g=layout.key[2],
-        centre_s=places.doubled_centre.stride(0), centre_b=places.doubled_centre.stride(1),
-        sigma_s=sigma_strides[0], sigma_b=sigma_strides[1], sigma_g=sigma_strides[2],
-        offset_s=offset_strides[0], offset_b=offset_strides[1],
-        NP=layout.np, NG=layout.ng, HN=layout.hn, R=pairs, BLOCK_R=block_r,
-        BLOCK_REST=triton.next_power_of_2(max(1, layout.hn - 2 * pairs)),
-        ROWS=_ROTATED_ROWS, HEADS=heads, GROUPS=groups,
-        FREQUENCY_GROUPS=len(omega), SIGMA_GROUPS=sigma_groups, HAS_OFFSET=offset is not None,
-        PLAIN=plain, INTERLEAVED=rotation.options.interleaved,
-        num_warps=max(1, min(8, _ROTATED_ROWS * heads * block_r // 256)),
-    )  # fmt: skip
-    return finished
 
 
 def _strips(spec: _Spec, read: _Read) -> bool:
@@ -305,25 +259,71 @@ def _tiles(spec: _Spec) -> Tiles:
     return spec.tiles or choose_tiles(layout.hn, layout.per_group, spec.look_back)
 
 
+def _normaliser(layout: WindowLayout, out: Tensor) -> Tensor:
+    return out.new_empty(layout.b, layout.ng, layout.sq, layout.per_group, dtype=torch.float32)
+
+
+def _attend(spec: _Spec, read: _Read, out: Tensor, normaliser: Tensor) -> None:
+    layout, scale = read.layout, spec.scale * _LOG2_E
+    if _strips(spec, read):
+        strip_forward(layout, read.heads, scale, out, normaliser)
+        return
+    tile = _tiles(spec).forward
+    query, key, value = read.heads
+    _launch(
+        forward_kernel, layout.query_blocks(tile.lanes), query=query, key=key, value=value,
+        out=out, normaliser=normaliser, scale=scale, **_common(spec, layout, tile),
+    )  # fmt: skip
+
+
+def _turn_back(
+    spec: _Spec,
+    read: _Read,
+    turned: Turned | None,
+    given: Heads,
+    into: tuple[WindowLayout, Tensor, Tensor, Tensor],
+) -> None:
+    """Write gradients; `given` are output, its gradient, and normalisers, and `into` says where gradients lie."""
+    (query, key, value), layout = read.heads, read.layout
+    (out, grad, normaliser), (to, query_grad, key_grad, value_grad) = given, into
+    delta = torch.empty_like(normaliser)
+    if _strips(spec, read):
+        back = None
+        if turned is not None and spec.rotation is not None:
+            back = TurnedBack(turned.table, turned.query_plane, spec.rotation.options.interleaved)
+        strip_query_gradient(
+            layout, read.heads, spec.scale, (grad, normaliser), into=(to, query_grad, delta), turned=back
+        )
+    else:
+        tile = _tiles(spec).query
+        _launch(
+            query_kernel, layout.query_blocks(tile.lanes), query=query, key=key, value=value, out=out, out_grad=grad,
+            normaliser=normaliser, delta=delta, query_grad=query_grad, scale=spec.scale,
+            query_grad_s=to.query[0], query_grad_b=to.query[1], query_grad_g=to.query[2], query_grad_h=to.query[3],
+            QUERY_PLANE=0 if turned is None else turned.query_plane,
+            **_common(spec, layout, tile), **_turning_back(spec, turned),
+        )  # fmt: skip
+    tile = _tiles(spec).key
+    _launch(
+        key_kernel, layout.key_blocks(tile.keys), query=query, key=key, value=value, out_grad=grad,
+        normaliser=normaliser, delta=delta, key_grad=key_grad, value_grad=value_grad, scale=spec.scale,
+        key_grad_s=to.key[0], key_grad_b=to.key[1], key_grad_g=to.key[2],
+        **_common(spec, layout, tile), **_turning_back(spec, turned),
+    )  # fmt: skip
+
+
 class _WindowAttention(torch.autograd.Function):
     """Called with a spec and either a mixed projection, or queries, keys and values."""
 
     @staticmethod
     def forward(ctx: Any, spec: _Spec, source: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
-        turned = _turned(spec, (source, key, value))
+        turned = None
+        if spec.rotation is not None:
+            turned = turned_rows(spec.layout, spec.rotation, *spec.layout.parts(source, key, value)[:2])
         read = _read(spec, (source, key, value), turned)
-        layout, scale = read.layout, spec.scale * _LOG2_E
-        out = source.new_empty(layout.sq, layout.b, layout.np, layout.hn)
-        normaliser = source.new_empty(layout.b, layout.ng, layout.sq, layout.per_group, dtype=torch.float32)
-        if _strips(spec, read):
-            strip_forward(layout, read.heads, scale, out, normaliser)
-        else:
-            tile = _tiles(spec).forward
-            query, k, v = read.heads
-            _launch(
-                forward_kernel, layout.query_blocks(tile.lanes), query=query, key=k, value=v,
-                out=out, normaliser=normaliser, scale=scale, **_common(spec, layout, tile),
-            )  # fmt: skip
+        out = source.new_empty(spec.layout.sq, spec.layout.b, spec.layout.np, spec.layout.hn)
+        normaliser = _normaliser(spec.layout, out)
+        _attend(spec, read, out, normaliser)
         ctx.spec, ctx.turned = spec, turned is not None
         ctx.save_for_backward(source, key, value, out, normaliser, *(turned or ()))
         return out
@@ -333,38 +333,13 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         source, key, value, out, normaliser, *rest = ctx.saved_tensors
         spec: _Spec = ctx.spec
-        turned = _Turned(*rest) if ctx.turned else None
-        read = _read(spec, (source, key, value), turned)
-        layout, to, grad = read.layout, spec.layout.gradient, aligned(gradients[0])
+        turned = Turned(*rest) if ctx.turned else None
         wanted: tuple[Tensor | None, ...]
         if key is None or value is None:
             wanted = source.new_empty(source.shape), None, None
         else:
             wanted = source.new_empty(source.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-        q_grad, k_grad, v_grad = to.parts(*wanted)
-        delta = torch.empty_like(normaliser)
-        query, k, v = read.heads
-        if _strips(spec, read):
-            back = None
-            if turned is not None and spec.rotation is not None:
-                back = TurnedBack(turned.table, _query_plane(turned), spec.rotation.options.interleaved)
-            strip_query_gradient(
-                layout, read.heads, spec.scale, (grad, normaliser), into=(to, q_grad, delta), turned=back
-            )
-        else:
-            tile = _tiles(spec).query
-            _launch(
-                query_kernel, layout.query_blocks(tile.lanes), query=query, key=k, value=v, out=out, out_grad=grad,
-                normaliser=normaliser, delta=delta, query_grad=q_grad, scale=spec.scale,
-                query_grad_s=to.query[0], query_grad_b=to.query[1],
-                query_grad_g=to.query[2], query_grad_h=to.query[3],
-                QUERY_PLANE=_query_plane(turned), **_common(spec, layout, tile), **_turning_back(spec, turned),
-            )  # fmt: skip
-        tile = _tiles(spec).key
-        _launch(
-            key_kernel, layout.key_blocks(tile.keys), query=query, key=k, value=v, out_grad=grad,
-            normaliser=normaliser, delta=delta, key_grad=k_grad, value_grad=v_grad, scale=spec.scale,
-            key_grad_s=to.key[0], key_grad_b=to.key[1], key_grad_g=to.key[2],
-            **_common(spec, layout, tile), **_turning_back(spec, turned),
-        )  # fmt: skip
+        to = spec.layout.gradient
+        read = _read(spec, (source, key, value), turned)
+        _turn_back(spec, read, turned, (out, aligned(gradients[0]), normaliser), (to, *to.parts(*wanted)))
         return None, *wanted

@@ -57,7 +57,7 @@ class Attention:
     def rotation(self, inputs: AttentionInputs) -> Any:
         """Return the rotation that happens inside: Megatron's frequencies at the rows' centres, with spreads."""
         from megacontext_megatron.kernels.rotary_arguments import RotaryOptions
-        from megacontext_megatron.kernels.window_attention import RowRotation
+        from megacontext_megatron.kernels.row_rotation import RowRotation
 
         return RowRotation(
             places=places(rotary_places(inputs)), table=self.rotary.fixed_table(inputs), options=RotaryOptions()

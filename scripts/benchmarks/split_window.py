@@ -170,7 +170,7 @@ def _times(group: Any, tensors: list[Tensor]) -> list[float]:
         torch.cuda.synchronize()
         dist.barrier(group)
         # Keeps the device busy while the host enqueues, so that the time is the device's.
-        torch.cuda._sleep(4_000_000)
+        torch.cuda._sleep(20_000_000)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         output = attention(*leaves, None).view_as(leaves[0])

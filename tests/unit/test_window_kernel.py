@@ -7,6 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from megacontext_megatron.kernels import window_attention as kernels
+from megacontext_megatron.kernels.row_rotation import why_rotation_unsupported
 from megacontext_megatron.kernels.window_attention import Tile, Tiles, window_attention
 from tests import window_checks
 from tests.window_cases import Case, call, check_against_float64, found, given_of
@@ -183,7 +184,7 @@ def test_a_rotation_that_cannot_be_inside_is_named():
             getattr(given, learns).requires_grad_()
         rotation = given.rotation(case)
         assert rotation is not None
-        return kernels.why_rotation_unsupported(rotation, case.hn, case.ng)
+        return why_rotation_unsupported(rotation, case.hn, case.ng)
 
     assert why(HALVES) is None
     assert why(dataclasses.replace(INTERLEAVED, percent=0.4)) is None
