@@ -57,8 +57,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Each with a window and rotary on the first layer, and a linear bias on the second."""
 
-INSIDE = "learned slopes"
-"""A model whose windows rotate queries and keys themselves when it is evaluated."""
+INSIDE = {"learned slopes", "slopes by query", "spare channels"}
+"""Models whose windows rotate queries and keys themselves: of their places nothing learns, and no norm comes between."""
 
 
 def through_kernels(*, kernel: bool, fault: str = "") -> Callable[[], dict[str, Any]]:
@@ -92,6 +92,7 @@ def through_kernels(*, kernel: bool, fault: str = "") -> Callable[[], dict[str, 
 
     counted(window_attention, "window_attention")
     counted(window_attention, "split_window_attention")
+    counted(window_attention, "attend_rows")
     counted(linear_bias_attention, "linear_bias_attention")
     chosen = "triton" if kernel else "megatron"
     attention_arguments.backend_of = lambda need: chosen
@@ -132,7 +133,8 @@ def distance(result: TrainResult, expected: TrainResult) -> float:
 def test_training_through_the_kernels_is_the_same(trained: Callable[..., TrainResult], model: str) -> None:
     plain, fused = trained(model, kernel=False), trained(model, kernel=True)
     assert plain.values[0]["launches"] == []
-    both = {"linear_bias_attention"} | ({"window_attention"} if model != "a window everywhere" else set())
+    windows = "split_window_attention" if model in INSIDE else "window_attention"
+    both = {"linear_bias_attention"} | ({windows} if model != "a window everywhere" else set())
     assert set(fused.values[0]["launches"]) == both
     assert distance(fused, plain) <= 1
     found, expected = slopes(fused), slopes(plain)
@@ -171,10 +173,10 @@ def test_the_reach_knows_by_what_yarn_multiplies_scores(corpus: Path, tmp_path: 
 
 
 @pytest.mark.full
-def test_windows_rotate_themselves_when_evaluated(trained: Callable[..., TrainResult]) -> None:
+def test_windows_rotate_themselves_when_evaluated_too(trained: Callable[..., TrainResult]) -> None:
     evaluated = (("eval_interval", STEPS), ("eval_iters", 1))
-    fused, plain = (trained(INSIDE, kernel=kernel, layout=evaluated) for kernel in (True, False))
-    assert {"split_window_attention", "window_attention"} <= set(fused.values[0]["launches"])
+    fused, plain = (trained("learned slopes", kernel=kernel, layout=evaluated) for kernel in (True, False))
+    assert set(fused.values[0]["launches"]) == {"split_window_attention", "linear_bias_attention"}
     found, expected = (list(map(float, VALIDATION.findall(result.log))) for result in (fused, plain))
     assert found
     assert largest(found, expected) <= LOSS_TOLERANCE
@@ -193,6 +195,7 @@ def test_ranks_that_share_rows_or_heads_train_as_in_dense_attention(
     trained: Callable[..., TrainResult], model: str, axis: str
 ) -> None:
     fused, plain = (trained(model, kernel=kernel, ranks=2, layout=((axis, 2),)) for kernel in (True, False))
+    assert ("attend_rows" in fused.values[0]["launches"]) == (axis == "context_parallel_size")
     assert distance(fused, plain) <= 1
 
 
