@@ -58,7 +58,7 @@ MODELS: dict[str, dict[str, Any]] = {
 """Each with a window and rotary on the first layer, and a linear bias on the second."""
 
 INSIDE = {"learned slopes", "slopes by query", "spare channels"}
-"""Models whose windows rotate queries and keys themselves: of their places nothing learns, and no norm comes between."""
+"""Models whose windows rotate queries and keys themselves: nothing of their places learns, no norm comes between."""
 
 
 def through_kernels(*, kernel: bool, fault: str = "") -> Callable[[], dict[str, Any]]:
