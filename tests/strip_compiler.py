@@ -20,7 +20,7 @@ def compiled(which: str, dtype: str) -> str:
     kernel, constants = strips.strip_forward_kernel, {"NG": 8}
     if which != "forward":
         kernel = strips.strip_query_kernel
-        constants |= {"TABLE_GROUPS": 1, "QUERY_PLANE": 0, **ROTATIONS[which]}
+        constants |= {"TABLE_GROUPS": 1, **ROTATIONS[which]}
     heads, keys = strips._shared_layout(3), strips._shared_layout(2)
     of_heads, of_keys = f"tensordesc<{dtype}[16, 4, 128],{heads!r}>", f"tensordesc<{dtype}[64, 128],{keys!r}>"
     types: dict[str, str] = dict.fromkeys(("query", "out", "out_grad", "query_grad"), of_heads)

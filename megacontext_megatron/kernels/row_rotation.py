@@ -36,9 +36,9 @@ class Turned(NamedTuple):
     table: Tensor
 
     @property
-    def query_plane(self) -> int:
-        """Which plane of the table holds the cosines of queries."""
-        return 2 if len(self.table) > 2 else 0
+    def table_of_queries(self) -> Tensor:
+        """The cosines and sines of queries [2, sk b, groups, r]."""
+        return self.table[-2:]
 
 
 def why_rotation_unsupported(rotation: RowRotation, head_dim: int, groups: int) -> str | None:

@@ -234,9 +234,8 @@ def _common(spec: _Spec, layout: WindowLayout, tile: Tile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _turning_back(spec: _Spec, turned: Turned | None) -> dict[str, Any]:
+def _turning_back(spec: _Spec, table: Tensor | None) -> dict[str, Any]:
     """Return the arguments by which gradients are turned back."""
-    table = None if turned is None else turned.table
     return {
         "table": table, "planes": 0 if table is None else table.stride(0), "ROTATE": table is not None,
         "TABLE_GROUPS": 1 if table is None else table.shape[2], "R": 1 if table is None else table.shape[3],
@@ -287,10 +286,11 @@ def _turn_back(
     (query, key, value), layout = read.heads, read.layout
     (out, grad, normaliser), (to, query_grad, key_grad, value_grad) = given, into
     delta = torch.empty_like(normaliser)
+    query_table, key_table = (None, None) if turned is None else (turned.table_of_queries, turned.table)
     if _strips(spec, read):
         back = None
-        if turned is not None and spec.rotation is not None:
-            back = TurnedBack(turned.table, turned.query_plane, spec.rotation.options.interleaved)
+        if query_table is not None and spec.rotation is not None:
+            back = TurnedBack(query_table, spec.rotation.options.interleaved)
         strip_query_gradient(
             layout, read.heads, spec.scale, (grad, normaliser), into=(to, query_grad, delta), turned=back
         )
@@ -300,15 +300,14 @@ def _turn_back(
             query_kernel, layout.query_blocks(tile.lanes), query=query, key=key, value=value, out=out, out_grad=grad,
             normaliser=normaliser, delta=delta, query_grad=query_grad, scale=spec.scale,
             query_grad_s=to.query[0], query_grad_b=to.query[1], query_grad_g=to.query[2], query_grad_h=to.query[3],
-            QUERY_PLANE=0 if turned is None else turned.query_plane,
-            **_common(spec, layout, tile), **_turning_back(spec, turned),
+            **_common(spec, layout, tile), **_turning_back(spec, query_table),
         )  # fmt: skip
     tile = _tiles(spec).key
     _launch(
         key_kernel, layout.key_blocks(tile.keys), query=query, key=key, value=value, out_grad=grad,
         normaliser=normaliser, delta=delta, key_grad=key_grad, value_grad=value_grad, scale=spec.scale,
         key_grad_s=to.key[0], key_grad_b=to.key[1], key_grad_g=to.key[2],
-        **_common(spec, layout, tile), **_turning_back(spec, turned),
+        **_common(spec, layout, tile), **_turning_back(spec, key_table),
     )  # fmt: skip
 
 

@@ -68,7 +68,6 @@ def query_kernel(
     MASK_ALL: tl.constexpr,
     ROTATE: tl.constexpr,
     TABLE_GROUPS: tl.constexpr,
-    QUERY_PLANE: tl.constexpr,
     R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
@@ -116,7 +115,7 @@ def query_kernel(
     acc = acc * scale
     if ROTATE:
         line = (((sk - sq + m + own).to(tl.int64) * batch + sequence) * TABLE_GROUPS) + group % TABLE_GROUPS
-        cos, sin = load_angles(table, planes, line, QUERY_PLANE, HN, R)
+        cos, sin = load_angles(table, planes, line, HN, R)
         acc = turned(acc, cos, -sin, R, INTERLEAVED)
     target = query_grad + m * tl.cast(query_grad_s, tl.int64) + sequence * query_grad_b + group * query_grad_g
     target += (own * query_grad_s + head * query_grad_h)[:, None] + tl.arange(0, HN)[None, :]
@@ -208,7 +207,7 @@ def key_kernel(
     key_sum = key_sum * scale
     if ROTATE:
         line = (((n + at).to(tl.int64) * batch + sequence) * TABLE_GROUPS) + group % TABLE_GROUPS
-        cos, sin = load_angles(table, planes, line, 0, HN, R)
+        cos, sin = load_angles(table, planes, line, HN, R)
         key_sum = turned(key_sum, cos, -sin, R, INTERLEAVED)
     target = n * tl.cast(key_grad_s, tl.int64) + sequence * key_grad_b + group * key_grad_g
     target = target + column[:, None] * key_grad_s + tl.arange(0, HN)[None, :]

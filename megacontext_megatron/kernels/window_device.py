@@ -40,10 +40,10 @@ def visible(row, column, look_back):
 
 
 @triton.jit
-def load_angles(table, planes, line, FIRST: tl.constexpr, HN: tl.constexpr, R: tl.constexpr):
+def load_angles(table, planes, line, HN: tl.constexpr, R: tl.constexpr):
     """Return cosine and sine [lanes, HN / 2] of table lines, 1 and 0 for pairs that do not turn."""
     pair = tl.arange(0, HN // 2)[None, :]
-    at = table + FIRST * planes + line[:, None] * R + pair
+    at = table + line[:, None] * R + pair
     return tl.load(at, mask=pair < R, other=1.0), tl.load(at + planes, mask=pair < R, other=0.0)
 
 

@@ -140,7 +140,7 @@ def _load(
 def _compute(
     normaliser, delta, table, query_grad, query_tiles, grad_tiles, keys, values, out_tile, tile_full, tile_empty, full,
     empty, scale, sq, before, strip, seen, planes, out_b, out_g, batch, NG: gl.constexpr, HALF: gl.constexpr,
-    ROTATE: gl.constexpr, TABLE_GROUPS: gl.constexpr, QUERY_PLANE: gl.constexpr, R: gl.constexpr,
+    ROTATE: gl.constexpr, TABLE_GROUPS: gl.constexpr, R: gl.constexpr,
     INTERLEAVED: gl.constexpr,
 ):  # fmt: skip
     """Compute the tiles of one half of each block of a strip."""
@@ -178,7 +178,7 @@ def _compute(
         if ROTATE:
             own = before + gl.minimum(row + lane // PACK, sq - 1)
             line = (own.to(gl.int64) * batch + sequence) * TABLE_GROUPS + group % TABLE_GROUPS
-            acc = _turned_back(acc, table + QUERY_PLANE * planes, planes, line, R, INTERLEAVED)
+            acc = _turned_back(acc, table, planes, line, R, INTERLEAVED)
         finished = acc.to(query_grad.dtype)
         tma.store_wait(0)
         gl.thread_barrier()
@@ -193,7 +193,7 @@ def _compute(
 def strip_query_kernel(
     query, key, value, out_grad, query_grad, normaliser, delta, table, scale, sq, before, strip, seen, batch, planes,
     query_b, query_g, key_b, key_g, value_b, value_g, out_b, out_g, NG: gl.constexpr, ROTATE: gl.constexpr,
-    TABLE_GROUPS: gl.constexpr, QUERY_PLANE: gl.constexpr, R: gl.constexpr, INTERLEAVED: gl.constexpr,
+    TABLE_GROUPS: gl.constexpr, R: gl.constexpr, INTERLEAVED: gl.constexpr,
 ):  # fmt: skip
     """Write gradients of queries, turned back with ROTATE, and delta fp32 [b, ng, sq, PACK].
 
@@ -221,10 +221,10 @@ def strip_query_kernel(
         [
             (_compute, (normaliser, delta, table, query_grad, query_tiles, grad_tiles, keys, values,
                         out_tiles.index(0), tile_full, tile_empty, full, empty, scale, sq, before, strip, seen, planes,
-                        out_b, out_g, batch, NG, 0, ROTATE, TABLE_GROUPS, QUERY_PLANE, R, INTERLEAVED)),
+                        out_b, out_g, batch, NG, 0, ROTATE, TABLE_GROUPS, R, INTERLEAVED)),
             (_compute, (normaliser, delta, table, query_grad, query_tiles, grad_tiles, keys, values,
                         out_tiles.index(1), tile_full, tile_empty, full, empty, scale, sq, before, strip, seen, planes,
-                        out_b, out_g, batch, NG, 1, ROTATE, TABLE_GROUPS, QUERY_PLANE, R, INTERLEAVED)),
+                        out_b, out_g, batch, NG, 1, ROTATE, TABLE_GROUPS, R, INTERLEAVED)),
             (_load, (query, key, value, out_grad, query_tiles, grad_tiles, keys, values, tile_full, tile_empty, full,
                      empty, sq, before, strip, query_b, query_g, key_b, key_g, value_b, value_g, NG)),
         ],

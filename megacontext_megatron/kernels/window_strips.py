@@ -26,10 +26,9 @@ _SHARED = (2 * RING.value + 6) * _BLOCK * _HN * 2 + 1024
 
 
 class TurnedBack(NamedTuple):
-    """The rotation that gradients of queries are turned back by: a table fp32 [2 or 4, sk b, groups, r]."""
+    """The rotation that gradients of queries are turned back by: cosines and sines fp32 [2, sk b, groups, r]."""
 
     table: Tensor
-    plane: int
     interleaved: bool
 
 
@@ -52,14 +51,16 @@ def why_no_strips(layout: WindowLayout, look_back: int, tensors: tuple[Tensor, T
         return "strips serve queries that have all or none of their window's keys before the first of them"
     unit = _ALIGNED // query.element_size()
     head = layout.query[3]
+    if min(head, layout.query[0], layout.key[0], layout.value[0]) < _HN:
+        return "rows or heads lie on top of one another"
     if any(stride % head for stride in layout.query[1:3]):
         return "query heads do not lie a multiple of their distance apart"
     if any(stride % unit for part in (layout.query, layout.key, layout.value) for stride in part):
         return f"rows or heads do not begin at multiples of {_ALIGNED} bytes"
     if any(x.data_ptr() % _ALIGNED for x in tensors):
         return f"tensors do not begin at multiples of {_ALIGNED} bytes"
-    if max(_width(layout, layout.key), _width(layout, layout.value), layout.sk) >= 2**31:
-        return "keys take more places than 32 bits count"
+    if max(_width(layout, layout.key), _width(layout, layout.value), _heads(layout), layout.sk) >= 2**31:
+        return "heads take more places than 32 bits count"
     return _why_not_here(query.device)
 
 
@@ -80,6 +81,12 @@ def _width(layout: WindowLayout, strides: tuple[int, int, int]) -> int:
     return (layout.b - 1) * strides[1] + (layout.ng - 1) * strides[2] + layout.hn
 
 
+def _heads(layout: WindowLayout) -> int:
+    """Return how many query heads, as far apart as those of a group, a row spans."""
+    _, sequence, group, head = layout.query
+    return (layout.b - 1) * sequence // head + (layout.ng - 1) * group // head + layout.per_group
+
+
 @cache
 def _shared_layout(rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
@@ -88,11 +95,9 @@ def _shared_layout(rank: int) -> gl.NVMMASharedLayout:
 def _described_queries(x: Tensor, layout: WindowLayout) -> tuple[TensorDescriptor, int, int]:
     """Return a descriptor of rows and heads, and how many heads apart sequences and groups lie."""
     row, sequence, group, head = layout.query
-    sequence, group = (sequence // head if layout.b > 1 else 0), group // head
-    count = (layout.b - 1) * sequence + (layout.ng - 1) * group + layout.per_group
-    block = [_TILE_ROWS, _PACK, _HN]
-    described = TensorDescriptor(x, [layout.sq, count, layout.hn], [row, head, 1], block, _shared_layout(3))
-    return described, sequence, group
+    shape, block = [layout.sq, _heads(layout), layout.hn], [_TILE_ROWS, _PACK, _HN]
+    described = TensorDescriptor(x, shape, [row, head, 1], block, _shared_layout(3))
+    return described, sequence // head, group // head
 
 
 def _described_keys(x: Tensor, layout: WindowLayout, strides: tuple[int, int, int]) -> TensorDescriptor:
@@ -173,6 +178,6 @@ def strip_query_gradient(
         planes=0 if table is None else table.stride(0),
         query_b=query_b, query_g=query_g, out_b=out_b, out_g=out_g, **numbers,
         ROTATE=turned is not None, TABLE_GROUPS=1 if table is None else table.shape[2],
-        QUERY_PLANE=0 if turned is None else turned.plane, R=1 if table is None else table.shape[3],
+        R=1 if table is None else table.shape[3],
         INTERLEAVED=turned is not None and turned.interleaved, num_warps=_WARPS,
     )  # fmt: skip

@@ -133,6 +133,9 @@ def test_what_strips_do_not_serve_is_named(emulated):
         "all or none": why(replace(ALL, sk=200)),
         "do not begin at multiples of 16 bytes": why(layout=WindowLayout.of_heads(wide, narrow, narrow)),
         "tensors do not begin": why(offset=1),
+        "on top of one another": why(
+            layout=WindowLayout.of_heads(wide[:1, :, :, :128].expand(130, -1, -1, -1), narrow, narrow)
+        ),
     }.items():
         assert answer is not None
         assert message in answer
