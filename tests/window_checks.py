@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megacontext_megatron.kernels.rotary import span_rotary
-from megacontext_megatron.kernels.window_attention import Tiles, choose_tiles
+from megacontext_megatron.kernels.window_attention import Tiles, attend_rows, choose_tiles, gradients_of_rows
 from tests.window_cases import ROUNDINGS, Case, Given, call, found, given_of
 
 Device = torch.device | str
@@ -52,6 +52,29 @@ def check_strides(case: Case, device: Device = "cpu") -> None:
     other, same = found(case, dataclasses.replace(given, heads=[_elsewhere(x) for x in given.heads]))
     assert torch.equal(out, other)
     assert all(map(torch.equal, gradients, same))
+
+
+def check_rows_of_larger_tensors(case: Case, device: Device = "cpu") -> None:
+    """Assert that rows of larger tensors get the bits of a call of their own, and that nothing else is written."""
+
+    def parts(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return room for rows such as those of x, sequences outermost, and the room beside them."""
+        rows, sequences, *heads = x.shape
+        wide = torch.full((sequences, rows + 3, *heads), 7.0, device=device, dtype=x.dtype)
+        return wide[:, :rows].transpose(0, 1), wide[:, rows:]
+
+    given = given_of(case, device)
+    out, gradients = found(case, given)
+    rooms = [parts(x) for x in (out, *gradients, given.incoming)]
+    (to_out, *into, incoming), beside = [x for x, _ in rooms], [x for _, x in rooms]
+    incoming.copy_(given.incoming)
+    heads = [x.detach() for x in given.heads]
+    sizes = {"look_back": case.look_back, "scale": case.scale}
+    normaliser = attend_rows(heads, to_out, **sizes)
+    gradients_of_rows(heads, (to_out, incoming, normaliser), into, **sizes)
+    assert torch.equal(to_out, out)
+    assert all(map(torch.equal, into, gradients))
+    assert all(bool((x == 7).all()) for x in beside)
 
 
 def check_rotation_is_the_separate_one(case: Case, device: Device = "cpu") -> None:

@@ -37,104 +37,106 @@ class _Windows(NamedTuple):
     scale: float
     group: dist.ProcessGroup
 
-    def spans(self, rows: int) -> tuple[_Span, _Span]:
-        """Return both chunks of a rank."""
-        chunk = rows // 2
-        return _Span(0, chunk, self.look_back if self.group.rank() else 0), _Span(chunk, rows, self.look_back)
-
-
-class _Span(NamedTuple):
-    """Rows of a chunk, the first `reaching` of which see rows before it."""
-
-    begin: int
-    end: int
-    reaching: int
-
     @property
-    def all(self) -> slice:
-        return slice(self.begin, self.end)
+    def begins(self) -> tuple[tuple[int, int], ...]:
+        """Chunks whose first rows see rows before them, each with the number of such rows that do not exist.
 
-    @property
-    def start(self) -> slice:
-        return slice(self.begin, self.begin + self.reaching)
+        Nothing lies before the first chunk of the first rank.
+        """
+        if not self.look_back:
+            return ()
+        return (0, 0 if self.group.rank() else self.look_back), (1, 0)
 
-    @property
-    def rest(self) -> slice:
-        return slice(self.begin + self.reaching, self.end)
+
+class _Chunked(NamedTuple):
+    """Queries, keys and values [2, s / (2 cp), b, np or ng, hn] of both chunks of a rank, or what belongs to them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, *heads: Tensor) -> _Chunked:
+        """Return the chunks of a rank's rows, where they lie."""
+        return cls(*(x.unflatten(0, (2, -1)) for x in heads))
+
+    def rows_of_keys(self, rows: slice) -> Tensor:
+        """Return copies of rows of keys and of values of each chunk, [2, rows, 2, b, ng, hn]."""
+        return torch.stack((self.key[:, rows], self.value[:, rows]), dim=2)
+
+
+def _together(x: Tensor) -> tuple[Tensor, ...]:
+    """Return chunks [2, rows, b, n, hn] as few tensors [rows, sequences, n, hn]."""
+    return (x[:, :, 0].transpose(0, 1),) if x.shape[2] == 1 else x.unbind()
 
 
 class _Chunks(torch.autograd.Function):
+    """Keeps for its backward pass, of each chunk, keys and values before and at its beginning, `near`.
+
+    They are [2, 2 look_back, 2, b, ng, hn].
+    """
+
     @staticmethod
     def forward(ctx: Any, windows: _Windows, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # Triton is not everywhere that PyTorch is.
         from megacontext_megatron.kernels.window_attention import attend_rows
 
-        look_back, scale, group = windows
-        spans, heads = windows.spans(len(query)), (key, value)
-        arriving = None
-        if look_back:
-            arriving = fetch_before(_last(heads, spans[0], look_back), _last(heads, spans[1], look_back), group)
+        depth, scale, group = windows
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        kept = [
-            attend_rows((query[x.rest], key[x.all], value[x.all]), out[x.rest], look_back=look_back, scale=scale)
-            for x in spans
+        chunks, outs = _Chunked.of(query, key, value), out.unflatten(0, (2, -1))
+        near = key.new_empty(2, 2 * depth, 2, *key.shape[1:])
+        arriving = None
+        if depth:
+            arriving = fetch_before(chunks.rows_of_keys(slice(-depth, None)), near[:, :depth], group)
+            near[:, depth:] = chunks.rows_of_keys(slice(depth))
+        rest = [
+            attend_rows((q[depth:], k, v), o[depth:], look_back=depth, scale=scale)
+            for q, k, v, o in zip(*map(_together, (*chunks, outs)), strict=True)
         ]
-        before = () if arriving is None else arriving.wait().unbind()
-        for span, rows in zip(spans, before, strict=False):
-            if span.reaching:
-                at = span.start
-                keys, values = torch.cat((rows[:, 0], key[at])), torch.cat((rows[:, 1], value[at]))
-                normaliser = attend_rows((query[at], keys, values), out[at], look_back=look_back, scale=scale)
-                kept += [keys, values, normaliser]
+        if arriving is not None:
+            arriving.wait()
+        begun = []
+        for chunk, missing in windows.begins:
+            heads = chunks.query[chunk, :depth], *near[chunk, missing:].unbind(1)
+            begun.append(attend_rows(heads, outs[chunk, :depth], look_back=depth, scale=scale))
         ctx.windows = windows
-        ctx.save_for_backward(query, key, value, out, *kept)
+        ctx.save_for_backward(query, key, value, out, near, *begun, *rest)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from megacontext_megatron.kernels.window_attention import gradients_of_rows
+        from megacontext_megatron.kernels.window_strips import aligned
 
-        query, key, value, out, *kept = ctx.saved_tensors
-        look_back, scale, group = ctx.windows
-        grad = gradients[0].contiguous()
-        query_grad, key_grad, value_grad = (
-            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
-        )
-        spans: tuple[_Span, _Span] = ctx.windows.spans(len(query))
-        normalisers, starts = kept[: len(spans)], iter(kept[len(spans) :])
-        # Of the keys and values before a chunk and its first rows, by what those rows see.
-        begun: list[tuple[Tensor, Tensor]] = []
-        for span in spans:
-            if not span.reaching:
-                begun.append((key.new_zeros(look_back, *key.shape[1:]),) * 2)
-                continue
-            keys, values, normaliser = next(starts), next(starts), next(starts)
-            begun.append((torch.empty_like(keys), torch.empty_like(values)))
-            at = span.start
+        query, key, value, out, near, *kept = ctx.saved_tensors
+        windows: _Windows = ctx.windows
+        depth, scale, group = windows
+        wanted = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+        chunks, into = _Chunked.of(query, key, value), _Chunked.of(*wanted)
+        outs, grads = (x.unflatten(0, (2, -1)) for x in (out, aligned(gradients[0])))
+        normalisers = iter(kept)
+        # Gradients of keys and values by what the first rows of chunks see.
+        begun = torch.empty_like(near)
+        for chunk, missing in windows.begins:
             gradients_of_rows(
-                (query[at], keys, values), (out[at], grad[at], normaliser), (query_grad[at], *begun[-1]),
-                look_back=look_back, scale=scale,
+                (chunks.query[chunk, :depth], *near[chunk, missing:].unbind(1)),
+                (outs[chunk, :depth], grads[chunk, :depth], next(normalisers)),
+                (into.query[chunk, :depth], *begun[chunk, missing:].unbind(1)),
+                look_back=depth, scale=scale,
             )  # fmt: skip
-        returning = None
-        if look_back:
-            first, second = (torch.stack([x[:look_back] for x in made], dim=1) for made in begun)
-            returning = return_before(first, second, group)
-        for span, normaliser in zip(spans, normalisers, strict=True):
+        tails, returning = near.new_zeros(2, depth, *near.shape[2:]), None
+        if depth:
+            returning = return_before(begun[:, :depth], tails, group)
+        together = zip(*map(_together, (*chunks, outs, grads, *into)), normalisers, strict=True)
+        for q, k, v, o, g, to_q, to_k, to_v, normaliser in together:
             gradients_of_rows(
-                (query[span.rest], key[span.all], value[span.all]), (out[span.rest], grad[span.rest], normaliser),
-                (query_grad[span.rest], key_grad[span.all], value_grad[span.all]),
-                look_back=look_back, scale=scale,
+                (q[depth:], k, v), (o[depth:], g[depth:], normaliser), (to_q[depth:], to_k, to_v),
+                look_back=depth, scale=scale,
             )  # fmt: skip
-        tails = None if returning is None else returning.wait()
-        for number, span in enumerate(spans):
-            for part, x in enumerate((key_grad, value_grad)):
-                x[span.start] += begun[number][part][look_back:]
-                if tails is not None:
-                    x[span.end - look_back : span.end] += tails[number][:, part]
-        return None, query_grad, key_grad, value_grad
-
-
-def _last(heads: tuple[Tensor, Tensor], span: _Span, rows: int) -> Tensor:
-    """Return the last rows of a chunk's keys and values, [rows, 2, b, ng, hn]."""
-    return torch.stack([x[span.end - rows : span.end] for x in heads], dim=1)
+        if returning is not None:
+            returning.wait()
+            for part, grad in enumerate((into.key, into.value)):
+                grad[:, :depth] += begun[:, depth:, part]
+                grad[:, -depth:] += tails[:, :, part]
+        return None, *wanted

@@ -145,7 +145,8 @@ def _attention(
 def attend_rows(heads: Heads, out: Tensor, *, look_back: int, scale: float) -> Tensor:
     """Write attention of queries, keys and values to `out`, as window_attention finds it, and return normalisers.
 
-    For autograd functions: nothing is recorded.  `out` is contiguous; normalisers are fp32 [b, ng, sq, np / ng].
+    For autograd functions: nothing is recorded.  The heads of a row of `out` are dense; normalisers are fp32
+    [b, ng, sq, np / ng].
     """
     read = _read_of(heads)
     spec = _spec_of(read.layout, look_back, scale, out.dtype)
@@ -155,11 +156,14 @@ def attend_rows(heads: Heads, out: Tensor, *, look_back: int, scale: float) -> T
 
 
 def gradients_of_rows(heads: Heads, given: Heads, into: Heads, *, look_back: int, scale: float) -> None:
-    """Write gradients of queries, keys and values, contiguous; `given` are output, its gradient, and normalisers."""
+    """Write gradients of queries, keys and values to `into`; `given` are output, its gradient, and normalisers.
+
+    Output and its gradient have the same strides, a row's heads of theirs are dense and begin at multiples of 16 bytes,
+    and so do those of `into`, where keys and values have the same strides.
+    """
     read = _read_of(heads)
     spec = _spec_of(read.layout, look_back, scale, given[0].dtype)
-    out, grad, normaliser = given
-    _turn_back(spec, read, None, (out, aligned(grad), normaliser), (read.layout.gradient_of_heads, *into))
+    _turn_back(spec, read, None, given, (WindowLayout.of_heads(*into), *into))
 
 
 def _read_of(heads: Heads) -> _Read:
@@ -220,7 +224,7 @@ def _read(spec: _Spec, sources: tuple[Tensor, Tensor | None, Tensor | None], tur
     return _Read(replace(layout, query=dense.query, key=dense.key, mixed=False), (turned.query, turned.key, heads[2]))
 
 
-def _common(spec: _Spec, layout: WindowLayout, tile: Tile) -> dict[str, Any]:
+def _common(spec: _Spec, layout: WindowLayout, out: Tensor, tile: Tile) -> dict[str, Any]:
     """Return the arguments that all three kernels share."""
     return {
         "sq": layout.sq, "sk": layout.sk, "batch": layout.b, "look_back": spec.look_back,
@@ -228,6 +232,7 @@ def _common(spec: _Spec, layout: WindowLayout, tile: Tile) -> dict[str, Any]:
         "query_g": layout.query[2], "query_h": layout.query[3],
         "key_s": layout.key[0], "key_b": layout.key[1], "key_g": layout.key[2],
         "value_s": layout.value[0], "value_b": layout.value[1], "value_g": layout.value[2],
+        "out_s": out.stride(0), "out_b": out.stride(1),
         "NG": layout.ng, "GROUP": layout.per_group, "PACK": layout.packed, "HN": layout.hn,
         "LANES": max(tile.lanes, layout.packed), "KEYS": tile.keys, "MASK_ALL": tile.mask_all,
         "num_warps": tile.warps, "num_stages": tile.stages,
@@ -271,7 +276,7 @@ def _attend(spec: _Spec, read: _Read, out: Tensor, normaliser: Tensor) -> None:
     query, key, value = read.heads
     _launch(
         forward_kernel, layout.query_blocks(tile.lanes), query=query, key=key, value=value,
-        out=out, normaliser=normaliser, scale=scale, **_common(spec, layout, tile),
+        out=out, normaliser=normaliser, scale=scale, **_common(spec, layout, out, tile),
     )  # fmt: skip
 
 
@@ -300,14 +305,14 @@ def _turn_back(
             query_kernel, layout.query_blocks(tile.lanes), query=query, key=key, value=value, out=out, out_grad=grad,
             normaliser=normaliser, delta=delta, query_grad=query_grad, scale=spec.scale,
             query_grad_s=to.query[0], query_grad_b=to.query[1], query_grad_g=to.query[2], query_grad_h=to.query[3],
-            **_common(spec, layout, tile), **_turning_back(spec, query_table),
+            **_common(spec, layout, grad, tile), **_turning_back(spec, query_table),
         )  # fmt: skip
     tile = _tiles(spec).key
     _launch(
         key_kernel, layout.key_blocks(tile.keys), query=query, key=key, value=value, out_grad=grad,
         normaliser=normaliser, delta=delta, key_grad=key_grad, value_grad=value_grad, scale=spec.scale,
         key_grad_s=to.key[0], key_grad_b=to.key[1], key_grad_g=to.key[2],
-        **_common(spec, layout, tile), **_turning_back(spec, key_table),
+        **_common(spec, layout, grad, tile), **_turning_back(spec, key_table),
     )  # fmt: skip
 
 

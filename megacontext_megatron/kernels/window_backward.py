@@ -55,6 +55,8 @@ def query_kernel(
     value_s,
     value_b,
     value_g,
+    out_s,
+    out_b,
     query_grad_s,
     query_grad_b,
     query_grad_g,
@@ -73,7 +75,7 @@ def query_kernel(
 ):
     """Write gradients of queries, turned back with ROTATE, and delta fp32 [b, ng, sq, GROUP].
 
-    `out` and `out_grad` are contiguous [sq, b, np, hn]; `scale` is that of scores in nats.
+    `out` and `out_grad` [sq, b, np, hn] have the same strides, and dense heads; `scale` is that of scores in nats.
     """
     ROWS: tl.constexpr = LANES // PACK
     tile, sequence, group = own_part(batch, NG)
@@ -82,11 +84,10 @@ def query_kernel(
     own, head = lane // PACK, lane % PACK
     inside = (own < sq - m) & (head < GROUP)
     own, head = tl.minimum(own, sq - 1 - m), tl.minimum(head, GROUP - 1)
-    dense = ((m * tl.cast(batch, tl.int64) + sequence) * NG + group) * (GROUP * HN)
-    step = batch * NG * GROUP * HN
+    dense = m * tl.cast(out_s, tl.int64) + sequence * out_b + group * (GROUP * HN)
     lines = ((sequence * NG + group) * sq + m) * GROUP + own * GROUP + head
-    grad = load_lanes(out_grad + dense, own, head, step, HN, HN)
-    seen = load_lanes(out + dense, own, head, step, HN, HN)
+    grad = load_lanes(out_grad + dense, own, head, out_s, HN, HN)
+    seen = load_lanes(out + dense, own, head, out_s, HN, HN)
     along = tl.sum(grad.to(tl.float32) * seen.to(tl.float32), axis=1)
     tl.store(delta + lines, along, mask=inside)
     q = load_lanes(
@@ -149,6 +150,8 @@ def key_kernel(
     value_s,
     value_b,
     value_g,
+    out_s,
+    out_b,
     key_grad_s,
     key_grad_b,
     key_grad_g,
@@ -166,7 +169,7 @@ def key_kernel(
 ):
     """Write gradients of keys, turned back with ROTATE, and of values, which have the same strides.
 
-    `out_grad` is contiguous [sq, b, np, hn]; `scale` is that of scores in nats.
+    `out_grad` [sq, b, np, hn] has dense heads; `scale` is that of scores in nats.
     """
     ROWS: tl.constexpr = LANES // PACK
     tile, sequence, group = own_part(batch, NG)
@@ -176,8 +179,7 @@ def key_kernel(
     k = load_rows(key + n * tl.cast(key_s, tl.int64) + sequence * key_b + group * key_g, at, key_s, HN)
     v = load_rows(value + n * tl.cast(value_s, tl.int64) + sequence * value_b + group * value_g, at, value_s, HN)
     query += sequence * query_b + group * query_g
-    out_grad += (sequence * NG + group) * (GROUP * HN)
-    step = batch * NG * GROUP * HN
+    out_grad += sequence * out_b + group * (GROUP * HN)
     normaliser += (sequence * NG + group) * sq * GROUP
     delta += (sequence * NG + group) * sq * GROUP
     lane = tl.arange(0, LANES)
@@ -192,7 +194,7 @@ def key_kernel(
         inside = (own < sq - m) & (lane % PACK < GROUP)
         line = tl.minimum(own, sq - 1 - m)
         q = load_lanes(query + m * tl.cast(query_s, tl.int64), line, head, query_s, query_h, HN)
-        grad = load_lanes(out_grad + m * tl.cast(step, tl.int64), line, head, step, HN, HN)
+        grad = load_lanes(out_grad + m * tl.cast(out_s, tl.int64), line, head, out_s, HN, HN)
         lines = tl.cast(m, tl.int64) * GROUP + line * GROUP + head
         # Lanes that nothing belongs to get no weight.
         log = tl.load(normaliser + lines, mask=inside, other=float("inf"))

@@ -45,6 +45,8 @@ def forward_kernel(
     value_s,
     value_b,
     value_g,
+    out_s,
+    out_b,
     NG: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
@@ -53,9 +55,9 @@ def forward_kernel(
     KEYS: tl.constexpr,
     MASK_ALL: tl.constexpr,
 ):
-    """Write attention [sq, b, np, hn], contiguous, and log2 of each lane's sum of weights, fp32 [b, ng, sq, GROUP].
+    """Write attention [sq, b, np, hn] and log2 of each lane's sum of weights, fp32 [b, ng, sq, GROUP].
 
-    `scale` includes log2 e and is positive.
+    The heads of a row of `out` are dense; `scale` includes log2 e and is positive.
     """
     ROWS: tl.constexpr = LANES // PACK
     tile, sequence, group = own_part(batch, NG)
@@ -94,6 +96,6 @@ def forward_kernel(
     acc = acc / total[:, None]
     lines = ((sequence * NG + group) * sq + m) * GROUP
     tl.store(normaliser + lines + own * GROUP + head, top + tl.log2(total), mask=inside)
-    target = out + ((m * tl.cast(batch, tl.int64) + sequence) * NG + group) * (GROUP * HN)
-    target += (own * (batch * NG * GROUP * HN) + head * HN)[:, None] + tl.arange(0, HN)[None, :]
+    target = out + m * tl.cast(out_s, tl.int64) + sequence * out_b + group * (GROUP * HN)
+    target += (own * out_s + head * HN)[:, None] + tl.arange(0, HN)[None, :]
     tl.store(target, acc.to(out.dtype.element_ty), mask=inside[:, None])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -83,6 +83,15 @@ class WindowLayout:
             sq=self.sq, sk=self.sk, b=self.b, np=self.np, ng=self.ng, hn=self.hn,
             query=(self.b * row, row, self.per_group * self.hn, self.hn), key=key, value=key, mixed=False,
         )  # fmt: skip
+
+    def of_output(self, x: Tensor) -> WindowLayout:
+        """Return the layout whose queries are x [sq, b, np, hn], the heads of a row of which are dense."""
+        dense = self.gradient_of_heads
+        # PyTorch takes a dimension of one for dense, whatever its stride.
+        row, sequence = (
+            given if size > 1 else own for given, size, own in zip(x.stride(), x.shape[:2], dense.query, strict=False)
+        )
+        return replace(dense, query=(row, sequence, *dense.query[2:]))
 
     @property
     def gradient(self) -> WindowLayout:

@@ -93,7 +93,7 @@ def _gradient(q, grad, log, keys, values, step, block, turn, power, HALF: gl.con
 
 
 @gluon.jit
-def _turned_back(x, table, planes, line, R: gl.constexpr, INTERLEAVED: gl.constexpr):
+def _query_grad_back(x, table, planes, line, R: gl.constexpr, INTERLEAVED: gl.constexpr):
     """Return gradients of lanes [LANES, HN] before the rotation whose cosines and sines are at table lines."""
     HALF: gl.constexpr = HN // 2
     if not INTERLEAVED:
@@ -112,12 +112,12 @@ def _turned_back(x, table, planes, line, R: gl.constexpr, INTERLEAVED: gl.conste
 @gluon.jit
 def _load(
     query, key, value, out_grad, query_tiles, grad_tiles, keys, values, tile_full, tile_empty, full, empty, sq, before,
-    strip, query_b, query_g, key_b, key_g, value_b, value_g, NG: gl.constexpr,
+    strip, query_b, query_g, key_b, key_g, value_b, value_g, out_b, NG: gl.constexpr,
 ):  # fmt: skip
     sequence, group, first, steps = part_of(sq, strip, NG)
     row = before + (first - 2) * BLOCK
     key_at, value_at = sequence * key_b + group * key_g, sequence * value_b + group * value_g
-    head, dense = sequence * query_b + group * query_g, (sequence * NG + group) * PACK
+    head, out_head = sequence * query_b + group * query_g, sequence * out_b + group * PACK
     for ahead in gl.static_range(RING - 1):
         load_block(key, value, keys, values, full, gl.to_tensor(ahead), row + ahead * BLOCK, key_at, value_at)
     for step in range(steps):
@@ -133,19 +133,18 @@ def _load(
             mbarrier.expect(arrived, 2 * query.block_type.nbytes)
             at = (first + step) * BLOCK + (tile % 2) * EDGE + (tile // 2) * TILE_ROWS
             tma.async_copy_global_to_shared(query, [at, head, 0], arrived, query_tiles.index(tile % 2))
-            tma.async_copy_global_to_shared(out_grad, [at, dense, 0], arrived, grad_tiles.index(tile % 2))
+            tma.async_copy_global_to_shared(out_grad, [at, out_head, 0], arrived, grad_tiles.index(tile % 2))
 
 
 @gluon.jit
 def _compute(
     normaliser, delta, table, query_grad, query_tiles, grad_tiles, keys, values, out_tile, tile_full, tile_empty, full,
-    empty, scale, sq, before, strip, seen, planes, out_b, out_g, batch, NG: gl.constexpr, HALF: gl.constexpr,
-    ROTATE: gl.constexpr, TABLE_GROUPS: gl.constexpr, R: gl.constexpr,
-    INTERLEAVED: gl.constexpr,
+    empty, scale, sq, before, strip, seen, planes, query_grad_b, query_grad_g, batch, NG: gl.constexpr,
+    HALF: gl.constexpr, ROTATE: gl.constexpr, TABLE_GROUPS: gl.constexpr, R: gl.constexpr, INTERLEAVED: gl.constexpr,
 ):  # fmt: skip
     """Compute the tiles of one half of each block of a strip."""
     sequence, group, first, steps = part_of(sq, strip, NG)
-    head = sequence * out_b + group * out_g
+    head = sequence * query_grad_b + group * query_grad_g
     lines = (sequence * NG + group).to(gl.int64) * sq
     lane = gl.arange(0, LANES, lanes_of(HN))
     tile_full, tile_empty = tile_full.index(HALF), tile_empty.index(HALF)
@@ -178,7 +177,7 @@ def _compute(
         if ROTATE:
             own = before + gl.minimum(row + lane // PACK, sq - 1)
             line = (own.to(gl.int64) * batch + sequence) * TABLE_GROUPS + group % TABLE_GROUPS
-            acc = _turned_back(acc, table, planes, line, R, INTERLEAVED)
+            acc = _query_grad_back(acc, table, planes, line, R, INTERLEAVED)
         finished = acc.to(query_grad.dtype)
         tma.store_wait(0)
         gl.thread_barrier()
@@ -192,13 +191,13 @@ def _compute(
 @gluon.jit(do_not_specialize=["sq", "before", "strip", "seen", "batch"])
 def strip_query_kernel(
     query, key, value, out_grad, query_grad, normaliser, delta, table, scale, sq, before, strip, seen, batch, planes,
-    query_b, query_g, key_b, key_g, value_b, value_g, out_b, out_g, NG: gl.constexpr, ROTATE: gl.constexpr,
-    TABLE_GROUPS: gl.constexpr, R: gl.constexpr, INTERLEAVED: gl.constexpr,
+    query_b, query_g, key_b, key_g, value_b, value_g, out_b, query_grad_b, query_grad_g, NG: gl.constexpr,
+    ROTATE: gl.constexpr, TABLE_GROUPS: gl.constexpr, R: gl.constexpr, INTERLEAVED: gl.constexpr,
 ):  # fmt: skip
     """Write gradients of queries, turned back with ROTATE, and delta fp32 [b, ng, sq, PACK].
 
-    `out_grad` is contiguous [sq, b, np, hn], `out_b` and `out_g` count heads of `query_grad`, and `scale` is that of
-    scores in nats; the rest as in strip_forward_kernel.
+    `out_b`, of `out_grad` [sq, b, np, hn], `query_grad_b` and `query_grad_g` count heads, and `scale` is that of scores
+    in nats; the rest as in strip_forward_kernel.
     """
     query_tiles = gl.allocate_shared_memory(query.dtype, [2, TILE_ROWS, PACK, HN], query.layout)
     grad_tiles = gl.allocate_shared_memory(out_grad.dtype, [2, TILE_ROWS, PACK, HN], out_grad.layout)
@@ -221,12 +220,12 @@ def strip_query_kernel(
         [
             (_compute, (normaliser, delta, table, query_grad, query_tiles, grad_tiles, keys, values,
                         out_tiles.index(0), tile_full, tile_empty, full, empty, scale, sq, before, strip, seen, planes,
-                        out_b, out_g, batch, NG, 0, ROTATE, TABLE_GROUPS, R, INTERLEAVED)),
+                        query_grad_b, query_grad_g, batch, NG, 0, ROTATE, TABLE_GROUPS, R, INTERLEAVED)),
             (_compute, (normaliser, delta, table, query_grad, query_tiles, grad_tiles, keys, values,
                         out_tiles.index(1), tile_full, tile_empty, full, empty, scale, sq, before, strip, seen, planes,
-                        out_b, out_g, batch, NG, 1, ROTATE, TABLE_GROUPS, R, INTERLEAVED)),
+                        query_grad_b, query_grad_g, batch, NG, 1, ROTATE, TABLE_GROUPS, R, INTERLEAVED)),
             (_load, (query, key, value, out_grad, query_tiles, grad_tiles, keys, values, tile_full, tile_empty, full,
-                     empty, sq, before, strip, query_b, query_g, key_b, key_g, value_b, value_g, NG)),
+                     empty, sq, before, strip, query_b, query_g, key_b, key_g, value_b, value_g, out_b, NG)),
         ],
         [4, 1],
         [240, 24],

@@ -103,15 +103,15 @@ def _load(
 
 
 @gluon.jit
-def _write(acc, top, total, out, out_tile, normaliser, row, part, sq):
-    """Write a tile that begins at `row`: its output through shared memory, and its normalisers."""
+def _write(acc, top, total, out, out_tile, normaliser, row, head, part, sq):
+    """Write a tile that begins at `row` and `head`: its output through shared memory, and its normalisers."""
     finished = (acc * (1.0 / total)[:, None]).to(out.dtype)
     tma.store_wait(0)
     gl.thread_barrier()
     out_tile.reshape([LANES, HN]).store(finished)
     fence_async_shared()
     gl.thread_barrier()
-    tma.async_copy_shared_to_global(out, [row, part * PACK, 0], out_tile)
+    tma.async_copy_shared_to_global(out, [row, head, 0], out_tile)
     lane = gl.arange(0, LANES, lanes_of(HN))
     at = (part.to(gl.int64) * sq + row) * PACK + lane
     gl.store(normaliser + at, top + gl.log2(total), mask=lane < (sq - row) * PACK)
@@ -120,11 +120,12 @@ def _write(acc, top, total, out, out_tile, normaliser, row, part, sq):
 @gluon.jit
 def _compute(
     out, normaliser, query_tiles, keys, values, out_tile, query_full, query_empty, full, empty, scale, sq, strip,
-    seen, NG: gl.constexpr, HALF: gl.constexpr,
+    seen, out_b, NG: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Compute the tiles of one half of each block of a strip."""
     sequence, group, first, steps = part_of(sq, strip, NG)
     part = sequence * NG + group
+    head = sequence * out_b + group * PACK
     mbarrier.wait(full.index(0), 0)
     mbarrier.wait(full.index(1), 0)
     for tile in range(2 * steps):
@@ -143,21 +144,21 @@ def _compute(
         if turn == 1:
             mbarrier.arrive(empty.index(step % RING), count=1)
         row = (first + step) * BLOCK + HALF * EDGE + turn * TILE_ROWS
-        _write(acc, top, total, out, out_tile, normaliser, row, part, sq)
+        _write(acc, top, total, out, out_tile, normaliser, row, head, part, sq)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["sq", "before", "strip", "seen"])
 def strip_forward_kernel(
     query, key, value, out, normaliser, scale, sq, before, strip, seen,
-    query_b, query_g, key_b, key_g, value_b, value_g, NG: gl.constexpr,
+    query_b, query_g, key_b, key_g, value_b, value_g, out_b, NG: gl.constexpr,
 ):  # fmt: skip
-    """Write attention [sq, b, np, hn], contiguous, and log2 of each lane's sum of weights, fp32 [b, ng, sq, PACK].
+    """Write attention [sq, b, np, hn] and log2 of each lane's sum of weights, fp32 [b, ng, sq, PACK].
 
-    Of queries rows and heads are described, of keys and values rows and channels; `query_b` and `query_g` count heads,
-    `key_b` and the like channels.  `before` is how many rows of keys lie before the first query, `strip` how many
-    blocks of rows a program owns, and `seen` how many blocks of keys before the first are there.  `scale` includes
-    log2 e and is positive.
+    Of queries rows and heads are described, of keys and values rows and channels; `query_b`, `query_g` and `out_b`
+    count heads, `key_b` and the like channels.  `before` is how many rows of keys lie before the first query, `strip`
+    how many blocks of rows a program owns, and `seen` how many blocks of keys before the first are there.  `scale`
+    includes log2 e and is positive.
     """
     query_tiles = gl.allocate_shared_memory(query.dtype, [TILES, TILE_ROWS, PACK, HN], query.layout)
     keys = gl.allocate_shared_memory(key.dtype, [RING, BLOCK, HN], key.layout)
@@ -178,9 +179,9 @@ def strip_forward_kernel(
     gl.warp_specialize(
         [
             (_compute, (out, normaliser, query_tiles, keys, values, out_tiles.index(0), query_full, query_empty, full,
-                        empty, scale, sq, strip, seen, NG, 0)),
+                        empty, scale, sq, strip, seen, out_b, NG, 0)),
             (_compute, (out, normaliser, query_tiles, keys, values, out_tiles.index(1), query_full, query_empty, full,
-                        empty, scale, sq, strip, seen, NG, 1)),
+                        empty, scale, sq, strip, seen, out_b, NG, 1)),
             (_load, (query, key, value, query_tiles, keys, values, query_full, query_empty, full, empty, sq, before,
                      strip, query_b, query_g, key_b, key_g, value_b, value_g, NG)),
         ],

@@ -135,18 +135,19 @@ def _places(layout: WindowLayout, device: torch.device) -> tuple[tuple[int, int]
 def strip_forward(
     layout: WindowLayout, tensors: tuple[Tensor, Tensor, Tensor], scale: float, out: Tensor, normaliser: Tensor
 ) -> None:
-    """Write attention [sq, b, np, hn], contiguous, and log2 of each lane's sum of weights, fp32 [b, ng, sq, np / ng].
+    """Write attention [sq, b, np, hn] and log2 of each lane's sum of weights, fp32 [b, ng, sq, np / ng].
 
-    `tensors` begin where queries, keys and values do; `scale` includes log2 e.
+    The heads of a row of `out` are dense; `tensors` begin where queries, keys and values do; `scale` includes log2 e.
     """
     query, key, value = tensors
     grid, numbers = _places(layout, query.device)
     described, query_b, query_g = _described_queries(query, layout)
+    finished, out_b, _ = _described_queries(out, layout.of_output(out))
     strip_forward_kernel[grid](
         query=described, key=_described_keys(key, layout, layout.key),
         value=_described_keys(value, layout, layout.value),
-        out=_described_queries(out, layout.gradient_of_heads)[0], normaliser=normaliser, scale=scale,
-        query_b=query_b, query_g=query_g, **numbers, num_warps=_WARPS,
+        out=finished, normaliser=normaliser, scale=scale,
+        query_b=query_b, query_g=query_g, out_b=out_b, **numbers, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -161,22 +162,23 @@ def strip_query_gradient(
 ) -> None:
     """Write the gradient of queries where `into` says, turned back, and delta, shaped as normalisers.
 
-    `given` are the incoming gradient, contiguous, and normalisers; `scale` is that of scores in nats.
+    `given` are the incoming gradient, of dense heads, and normalisers; `scale` is that of scores in nats.
     """
     query, key, value = tensors
     out_grad, normaliser = given
     to, query_grad, delta = into
     grid, numbers = _places(layout, query.device)
     described, query_b, query_g = _described_queries(query, layout)
-    gradient, out_b, out_g = _described_queries(query_grad, to)
+    incoming, out_b, _ = _described_queries(out_grad, layout.of_output(out_grad))
+    gradient, query_grad_b, query_grad_g = _described_queries(query_grad, to)
     table = None if turned is None else turned.table
     strip_query_kernel[grid](
         query=described, key=_described_keys(key, layout, layout.key),
         value=_described_keys(value, layout, layout.value),
-        out_grad=_described_queries(out_grad, layout.gradient_of_heads)[0], query_grad=gradient,
+        out_grad=incoming, query_grad=gradient,
         normaliser=normaliser, delta=delta, table=table, scale=scale, batch=layout.b,
         planes=0 if table is None else table.stride(0),
-        query_b=query_b, query_g=query_g, out_b=out_b, out_g=out_g, **numbers,
+        query_b=query_b, query_g=query_g, out_b=out_b, query_grad_b=query_grad_b, query_grad_g=query_grad_g, **numbers,
         ROTATE=turned is not None, TABLE_GROUPS=1 if table is None else table.shape[2],
         R=1 if table is None else table.shape[3],
         INTERLEAVED=turned is not None and turned.interleaved, num_warps=_WARPS,

@@ -55,6 +55,11 @@ def test_strides_make_no_difference():
     window_checks.check_strides(TURNED, DEVICE)
 
 
+@pytest.mark.parametrize("case", [RAGGED, HALO, dataclasses.replace(HALO, hn=64)], ids=str)
+def test_rows_of_larger_tensors_are_written_where_they_lie(case):
+    window_checks.check_rows_of_larger_tensors(case, DEVICE)
+
+
 def test_masking_all_tiles_or_those_at_an_edge_is_the_same():
     window_checks.check_masks(RAGGED, DEVICE)
 

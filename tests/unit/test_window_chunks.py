@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,18 @@ from megacontext_megatron.kernels.window_attention import window_attention
 from megacontext_megatron.spans.context_parallel import zigzag_rows
 from tests.launch import call
 
-ROWS, BATCH, HEADS, GROUPS, WIDTH = 48, 2, 4, 2, 16
+ROWS, HEADS, GROUPS, WIDTH = 48, 4, 2, 16
 SCALE = WIDTH**-0.5
 
 
-def given() -> list[Tensor]:
+def given(batch: int) -> list[Tensor]:
     """Return queries, keys, values and an incoming gradient of all rows, the same on every rank."""
     generator = torch.Generator().manual_seed(3)
-    return [torch.randn(ROWS, BATCH, heads, WIDTH, generator=generator) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
+    return [torch.randn(ROWS, batch, heads, WIDTH, generator=generator) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
 
 
-def differences(sizes: list[int], windows: list[int]) -> dict[str, list[float]]:
-    """Return, for each size of group and window, how far outputs and gradients are from one rank's, and bytes sent."""
+def differences(sizes: list[int], windows: list[int], batches: list[int]) -> dict[str, list[float]]:
+    """Return, for each group, window and number of sequences, how far from one rank's results are, and bytes sent."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -40,14 +41,14 @@ def differences(sizes: list[int], windows: list[int]) -> dict[str, list[float]]:
     found = {}
     for size in sizes:
         group: Any = dist.new_subgroups(size)[0]
-        for look_back in windows:
+        for look_back, batch in itertools.product(windows, batches):
             sent.clear()
-            found[f"{size} {look_back}"] = [difference(group, look_back), *sent]
+            found[f"{size} {look_back} {batch}"] = [difference(group, look_back, batch), *sent]
     dist.destroy_process_group()
     return found
 
 
-def difference(group: Any, look_back: int) -> float:
+def difference(group: Any, look_back: int, batch: int) -> float:
     own = zigzag_rows(ROWS, group.size(), group.rank())
 
     def both(attend: Any, heads: list[Tensor], gradient: Tensor) -> list[Tensor]:
@@ -55,7 +56,7 @@ def difference(group: Any, look_back: int) -> float:
         out = attend(*leaves)
         return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
 
-    *heads, gradient = given()
+    *heads, gradient = given(batch)
     expected = both(lambda q, k, v: window_attention(q, k, v, look_back, SCALE), heads, gradient)
     made = both(
         lambda q, k, v: chunked_window_attention(q, k, v, look_back, scale=SCALE, group=group),
@@ -66,15 +67,17 @@ def difference(group: Any, look_back: int) -> float:
 
 def test_chunks_see_what_one_rank_sees(tmp_path: Path):
     """A chunk has 12 rows on two ranks and 6 on four."""
-    result = call(differences, {"sizes": [2, 4], "windows": [0, 1, 5, 6]}, ranks=4, workdir=tmp_path).check()
+    result = call(
+        differences, {"sizes": [2, 4], "windows": [0, 1, 5, 6], "batches": [1, 2]}, ranks=4, workdir=tmp_path
+    ).check()
     for rank, found in enumerate(result.values):
-        assert len(found) == 8
+        assert len(found) == 16
         for case, (apart, *sent) in found.items():
-            size, look_back = map(int, case.split())
+            size, look_back, batch = map(int, case.split())
             assert apart < 4e-6
             # Keys and values of the last rows of each chunk whose next chunk another rank has, and as many gradients.
             neighbours = 1 if rank % size in (0, size - 1) else 2
-            rows = 4 * 2 * BATCH * GROUPS * WIDTH * look_back * neighbours
+            rows = 4 * 2 * batch * GROUPS * WIDTH * look_back * neighbours
             assert sent == ([rows, rows] if look_back else [])
 
 

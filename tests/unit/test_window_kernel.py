@@ -100,6 +100,11 @@ def test_strides_make_no_difference(case):
     window_checks.check_strides(case)
 
 
+@pytest.mark.parametrize("case", [Case(), Case(np=6, ng=2, sq=23, look_back=31)], ids=str)
+def test_rows_of_larger_tensors_are_written_where_they_lie(case):
+    window_checks.check_rows_of_larger_tensors(case)
+
+
 @pytest.mark.parametrize("case", [HALVES, INTERLEAVED, dataclasses.replace(HALVES, damp_query=False)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotation_inside_is_the_separate_one(case, dtype):

@@ -96,6 +96,13 @@ def test_strides_make_no_difference(case, emulated):
     assert launched[0].launches == 2
 
 
+@pytest.mark.parametrize("case", [ALL, LATE], ids=str)
+def test_rows_of_larger_tensors_are_written_where_they_lie(case, emulated):
+    launched = emulated()
+    window_checks.check_rows_of_larger_tensors(case)
+    assert [kernel.launches for kernel in launched] == [2, 2]
+
+
 def test_a_mixed_projection_is_its_parts_bit_for_bit(emulated):
     launched = emulated()
     window_checks.check_mixed_is_its_parts(TURNED)
