@@ -39,7 +39,7 @@ GROUPS = {
     "J": ("layer_step", "one Transformer Engine layer's step against the same layer with plain fused rope"),
     "K": ("gist_cost", "GistNet's share of a training step against mean gists, at C/W = 4 and 16 with V = 1, 2, 4"),
     "L": ("recipe_step", "a step of three local layers and a global one, against plain rope and TE's windows"),
-    "M": ("split_window", "attention in a window of 128 rows over two GPUs against one, and what they exchange"),
+    "M": ("split_window", "a window of 128 rows over two GPUs against one, attention and layer; what they exchange"),
     "T": ("training", "rows per second of the training command, mixed contexts against plain rope"),
 }
 NO_GPU = 2

@@ -111,8 +111,8 @@ def settings(size: Size, gaussian: GaussianRopeConfig | None) -> Settings:
     )
 
 
-def layer(size: Size, chosen: Settings, *, qk_norm: bool) -> torch.nn.Module:
-    """Return one decoder layer on the device, built as training builds it."""
+def layer(size: Size, chosen: Settings, *, qk_norm: bool, **more: Any) -> torch.nn.Module:
+    """Return one decoder layer on the device, built as training builds it; `more` goes to its config."""
     from megatron.core.transformer.spec_utils import build_module
 
     from megacontext_megatron.attention.layer_spec import decoder_block_spec
@@ -140,6 +140,7 @@ def layer(size: Size, chosen: Settings, *, qk_norm: bool) -> torch.nn.Module:
         transformer_impl=cast(Any, size.impl),
         use_cpu_initialization=size.device == "cpu",
         mc_settings=chosen,
+        **more,
     )
     spec = decoder_block_spec(config)
     assert spec.layer_specs is not None

@@ -1,4 +1,4 @@
-"""Group M: a window layer's attention with its rows split over two GPUs, against half of one GPU's time.
+"""Group M: a window layer, and its attention alone, with rows split over two GPUs, against half of one GPU's time.
 
 Each rank holds two zigzag chunks and fetches the 127 rows before each from whoever has them.  Of two GPUs each lacks
 one such run of rows, so it sends and receives 127 rows of keys and values: 0.52 MB a sequence, however long it is.
@@ -6,23 +6,23 @@ one such run of rows, so it sends and receives 127 rows of keys and values: 0.52
 
 from __future__ import annotations
 
-import json
-import socket
+import dataclasses
 import statistics
-import tempfile
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scripts.benchmarks import split_layer
 from scripts.benchmarks.gate import Findings, compared
 from scripts.benchmarks.options import Options
+from scripts.benchmarks.ranks import on_each_gpu, times_together
 from scripts.benchmarks.results import OURS, Check, Comparison, Reading, Row, at_most
 
-TITLE = "attention in a window of 128 rows, rows split over two GPUs"
+TITLE = "a layer with a window of 128 rows, rows split over two GPUs"
 RANKS = 2
 ROWS = (32768, 131072)
 HEADS, GROUPS, WIDTH, LOOK_BACK = 32, 8, 128, 127
@@ -36,16 +36,20 @@ def run(options: Options, found: Findings) -> None:
         found.absent = "it needs two GPUs"
         return
     for rows in ROWS[:1] if options.quick else ROWS:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "measured.json"
-            torch.multiprocessing.spawn(_measure, (_free_port(), rows, str(file)), nprocs=RANKS)  # pyright: ignore
-            measured = json.loads(file.read_text())
-        found.require([Check(**check) for check in measured["checks"]])
-        found.rows.append(row_of(rows, measured["split"], measured["whole"]))
+        measured = on_each_gpu(RANKS, _measured, rows)
+        _keep(found, f"attention, {rows}x1", measured)
+        first = measured[0]
         found.notes.append(
-            f"{rows} rows: a rank sent {measured['sent']} bytes forward, {measured['returned']} backward; predicted "
+            f"{rows} rows: a rank sent {first['sent']} bytes forward, {first['returned']} backward; predicted "
             f"{halo_bytes()} each"
         )
+    _keep(found, f"a layer, {ROWS[0]}x1", on_each_gpu(RANKS, split_layer.measured, LOOK_BACK, ROWS[0]))
+
+
+def _keep(found: Findings, case: str, measured: list[Any]) -> None:
+    """Keep what ranks measured; raises GateFailed."""
+    found.require([Check(**check) for each in measured for check in each["checks"]])
+    found.rows.append(row_of(case, *([each[side] for each in measured] for side in ("split", "whole"))))
 
 
 def halo_bytes(batch: int = 1) -> int:
@@ -53,53 +57,37 @@ def halo_bytes(batch: int = 1) -> int:
     return LOOK_BACK * batch * GROUPS * WIDTH * 2 * 2
 
 
-def row_of(rows: int, split: list[float], whole: list[float]) -> Row:
-    """Return times of forward and backward, microseconds."""
+def row_of(case: str, split: list[list[float]], whole: list[list[float]]) -> Row:
+    """Return times of forward and backward, microseconds, of the slower rank each time."""
+    on_two, on_one = (statistics.median(map(max, zip(*ranks, strict=True))) for ranks in (split, whole))
     return Row(
-        case=f"{rows}x1, forward + backward",
+        case=f"{case}, forward + backward",
         readings=(
-            Reading(name=OURS, rounds=(statistics.median(split),)),
-            Reading(name="ours, one GPU", rounds=(statistics.median(whole),)),
-            Reading(name=HALF, rounds=(statistics.median(whole) / RANKS,)),
+            Reading(name=OURS, rounds=(on_two,)),
+            Reading(name="ours, one GPU", rounds=(on_one,)),
+            Reading(name=HALF, rounds=(on_one / RANKS,)),
         ),
         comparisons=(Comparison(over=OURS, under=HALF, target=at_most(1.05)),),
     )
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _measure(rank: int, port: int, rows: int, file: str) -> None:
-    """Measure in one of two processes; the first writes what both found."""
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
-    group: Any = dist.group.WORLD
+def _measured(rows: int) -> dict[str, Any]:
+    """Return, in each rank, checks, bytes sent, and microseconds of its part of the rows and of all of them."""
+    rank, group = dist.get_rank(), cast(Any, dist.group.WORLD)
     alone: Any = [dist.new_group([each]) for each in range(RANKS)][rank]
     made = [_random(rows, heads, seed) for seed, heads in enumerate((HEADS, GROUPS, GROUPS, HEADS))]
     own = _own_rows(made, rows, rank)
     sent: list[int] = []
     _count(sent)
     outputs = _attend(group, own)
-    expected = _attend(alone, made)
-    checks = _checks(outputs, _own_rows(expected, rows, rank))
-    found: dict[str, Any] = {
-        "checks": [{"name": c.name, "error": c.error, "tolerance": c.tolerance} for c in checks],
+    checks = _checks(outputs, _own_rows(_attend(alone, made), rows, rank))
+    return {
+        "checks": [dataclasses.asdict(check) for check in checks],
         "sent": sent[0],
         "returned": sent[1],
-        "split": _times(group, own),
+        "split": times_together(_both_ways(group, own), REPEATS),
+        "whole": times_together(_both_ways(alone, made), REPEATS),
     }
-    found["whole"] = _times(alone, made) if rank == 0 else []
-    gathered: list[Any] = [None] * RANKS
-    dist.all_gather_object(gathered, found)
-    if rank == 0:
-        slower = [max(pair) for pair in zip(*(each["split"] for each in gathered), strict=True)]
-        all_checks = [check for each in gathered for check in each["checks"]]
-        Path(file).write_text(json.dumps({**found, "split": slower, "checks": all_checks}))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _random(rows: int, heads: int, seed: int) -> Tensor:
@@ -160,23 +148,14 @@ def _count(sent: list[int]) -> None:
     dist.batch_isend_irecv = counted
 
 
-def _times(group: Any, tensors: list[Tensor]) -> list[float]:
-    """Return the times of forward and backward in microseconds, ranks starting together each time."""
+def _both_ways(group: Any, tensors: list[Tensor]) -> Callable[[], object]:
+    """Return a call that runs the attention forward and backward."""
     *given, gradient = tensors
     leaves = [each.detach().requires_grad_() for each in given]
     attention = _attention(group)
-    found = []
-    for turn in range(REPEATS + 3):
-        torch.cuda.synchronize()
-        dist.barrier(group)
-        # Keeps the device busy while the host enqueues, so that the time is the device's.
-        torch.cuda._sleep(20_000_000)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+
+    def both_ways() -> None:
         output = attention(*leaves, None).view_as(leaves[0])
         torch.autograd.grad(output, leaves, gradient)
-        end.record()
-        torch.cuda.synchronize()
-        if turn >= 3:
-            found.append(1000 * begin.elapsed_time(end))
-    return found
+
+    return both_ways
