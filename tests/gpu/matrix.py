@@ -2,7 +2,8 @@
 
 bf16 rounds every activation, so two ways to compute one thing differ.  How far they may is read off the same model:
 one-GPU runs that differ only in how the batch is cut into micro-batches are apart by the spread, and a layout may be by
-twice that.
+twice that.  Tensor-parallel ranks round their parts of a sum before these are added, which no such cut does; how much
+that is, is read off Megatron's own rope in the same layout.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests import parity
 from tests.gpu import watching
 from tests.gpu.reporting import Report
 from tests.launch import TrainResult, train
-from tests.parity import Difference, Flags, Layout, difference
+from tests.parity import TP_SP, Difference, Flags, Layout, difference
 from tests.tiny import tiny_flags
 
 needs_te = pytest.mark.skipif(find_spec("transformer_engine") is None, reason="needs Transformer Engine")
@@ -27,7 +28,7 @@ needs_te = pytest.mark.skipif(find_spec("transformer_engine") is None, reason="n
 STEPS = parity.STEPS
 TIMEOUT = 240.0
 TIMES_SPREAD = 2
-"""A layout may be this many spreads from one GPU."""
+"""A layout may be this many times what rounding alone does from one GPU."""
 
 CLEARLY = 10
 """A fault exceeds what a layout may by this factor."""
@@ -84,6 +85,11 @@ GRAPE: Flags = WINDOWS | {
 STRIPS: Flags = {"window_size": "127,0", "kv_channels": 128, "num_query_groups": 2}
 """Windows and heads for which Hopper has kernels of its own."""
 
+STOCK_ROPE: Flags = {name: value for name, value in MODEL.items() if not name.startswith("mc_")} | {
+    "position_embedding_type": "rope",
+    "megacontext": False,
+}
+
 MOE: Flags = {
     "num_experts": 4,
     "moe_layer_freq": "([0]*1+[1]*3)",
@@ -110,9 +116,8 @@ FAMILIES = {
     "te, QK-norm": MODEL | LEVEL | ON_TE | {"qk_layernorm": True},
     "te, experts": MODEL | LEVEL | ON_TE | MOE,
     "local bf16": MODEL | LEVEL | LOCAL | {"bf16": True},
-    "te, stock rope": {k: v for k, v in MODEL.items() if not k.startswith("mc_")}
-    | ON_TE
-    | {"position_embedding_type": "rope", "megacontext": False},
+    "te, stock rope": STOCK_ROPE | ON_TE,
+    "local, stock rope": STOCK_ROPE | LOCAL | {"bf16": True},
     "te, gistnet": MODEL | LEVEL | ON_TE | GISTNET,
     "te, span head": MODEL | LEVEL | ON_TE | SPAN_HEAD,
     "te, prediction": MODEL | LEVEL | ON_TE | PREDICTION,
@@ -172,16 +177,13 @@ class Matrix(parity.References):
     def spread(self, one: Layout) -> Difference:
         """Return how far a one-GPU run is from the same with smaller and with larger micro-batches, at most."""
         found = [self._split(one, name, size) for name, size in SPLITS.items()]
-        return dataclasses.replace(
-            found[0], loss=max(each.loss for each in found), grad_norm=max(each.grad_norm for each in found)
-        )
+        return larger(*found)
 
     def _split(self, one: Layout, name: str, size: int) -> Difference:
         other = dataclasses.replace(
             one, name=f"{one.name}, {name} micro-batches", flags={**one.flags, "micro_batch_size": size}
         )
-        found = difference(self.made(other), self.made(one))
-        self._report.comparison(other, one, found)
+        found = self.apart(other, one)
         assert found.loss > 0
         assert found.grad_norm > 0
         return found
@@ -189,27 +191,32 @@ class Matrix(parity.References):
     def compared(  # type: ignore[override]
         self, layout: Layout, one: Layout, workdir: Path, **options: Any
     ) -> tuple[Difference, Difference, TrainResult]:
-        """Train a layout; return its difference from a one-GPU run, the spread, and the run."""
-        result, spread = self.train(layout, workdir, **options), self.spread(one)
+        """Train a layout; return its difference from a one-GPU run, what rounding alone does, and the run."""
+        result, rounding = self.train(layout, workdir, **options), self.spread(one)
+        if layout.flags.get("tensor_model_parallel_size"):
+            rounding = larger(rounding, self.stock_difference(layout))
         found = difference(result, self.made(one))
-        self._report.comparison(layout, one, found, spread, TIMES_SPREAD)
-        return found, spread, result
+        self._report.comparison(layout, one, found, rounding, TIMES_SPREAD)
+        return found, rounding, result
+
+    def apart(self, layout: Layout, one: Layout) -> Difference:
+        """Return how far two runs are apart, each made once a session."""
+        found = difference(self.made(layout), self.made(one))
+        self._report.comparison(layout, one, found)
+        return found
 
     def within(self, layout: Layout, one: Layout, workdir: Path, **options: Any) -> TrainResult:
         """Train a layout and assert that its losses and gradient norms are within what it may be from one GPU."""
-        found, spread, result = self.compared(layout, one, workdir, **options)
-        assert found.loss <= TIMES_SPREAD * spread.loss, (found, spread)
-        assert found.grad_norm <= TIMES_SPREAD * spread.grad_norm, (found, spread)
+        found, rounding, result = self.compared(layout, one, workdir, **options)
+        explained(found, rounding)
         return result
 
     def stock_difference(self, layout: Layout) -> Difference:
-        """Return how far Megatron's own rope, on tokens, is from one GPU in a layout."""
-        family = "te, stock rope"
-        ranks = dataclasses.replace(layout, name=f"stock rope, {layout.name}", family=family)
-        one = one_gpu("stock rope, one GPU", family=family)
-        found = difference(self.made(ranks), self.made(one))
-        self._report.comparison(ranks, one, found)
-        return found
+        """Return how far Megatron's own rope, on tokens, is from one GPU under a layout's tensor parallelism."""
+        family = f"{FAMILIES[layout.family]['transformer_impl']}, stock rope".replace("transformer_engine", "te")
+        flags = {name: layout.flags[name] for name in TP_SP if name in layout.flags}
+        ranks = Layout(name="stock rope, tensor parallel", ranks=layout.ranks, family=family, flags=flags)
+        return self.apart(ranks, one_gpu("stock rope, one GPU", family=family))
 
     def resumed(self, name: str, ranks: int, workdir: Path, **flags: Any) -> tuple[TrainResult, TrainResult]:
         """Train with a checkpoint in the middle; return that run's second half and the same steps resumed from there.
@@ -229,6 +236,19 @@ class Matrix(parity.References):
     def note(self, text: str) -> None:
         """Put a sentence into the report."""
         self._report.note(text)
+
+
+def larger(*found: Difference) -> Difference:
+    """Return the largest of several differences."""
+    return dataclasses.replace(
+        found[0], loss=max(each.loss for each in found), grad_norm=max(each.grad_norm for each in found)
+    )
+
+
+def explained(found: Difference, rounding: Difference) -> None:
+    """Assert that what rounding alone does explains a difference."""
+    assert found.loss <= TIMES_SPREAD * rounding.loss, (found, rounding)
+    assert found.grad_norm <= TIMES_SPREAD * rounding.grad_norm, (found, rounding)
 
 
 def steps_of(result: TrainResult) -> list[tuple[float, float]]:
