@@ -65,16 +65,17 @@ def check_rows_of_larger_tensors(case: Case, device: Device = "cpu") -> None:
 
     given = given_of(case, device)
     out, gradients = found(case, given)
-    rooms = [parts(x) for x in (out, *gradients, given.incoming)]
-    (to_out, *into, incoming), beside = [x for x, _ in rooms], [x for _, x in rooms]
+    rooms = [parts(x) for x in (out, given.incoming, *gradients)]
+    to_out, incoming, to_query, to_key, to_value = (room for room, _ in rooms)
     incoming.copy_(given.incoming)
-    heads = [x.detach() for x in given.heads]
-    sizes = {"look_back": case.look_back, "scale": case.scale}
-    normaliser = attend_rows(heads, to_out, **sizes)
-    gradients_of_rows(heads, (to_out, incoming, normaliser), into, **sizes)
+    query, key, value = (x.detach() for x in given.heads)
+    heads, into = (query, key, value), (to_query, to_key, to_value)
+    normaliser = attend_rows(heads, to_out, look_back=case.look_back, scale=case.scale)
+    given_back = (to_out, incoming, normaliser)
+    gradients_of_rows(heads, given_back, into, look_back=case.look_back, scale=case.scale)
     assert torch.equal(to_out, out)
     assert all(map(torch.equal, into, gradients))
-    assert all(bool((x == 7).all()) for x in beside)
+    assert all(bool((beside == 7).all()) for _, beside in rooms)
 
 
 def check_rotation_is_the_separate_one(case: Case, device: Device = "cpu") -> None:

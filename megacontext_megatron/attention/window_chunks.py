@@ -97,7 +97,8 @@ class _Chunks(torch.autograd.Function):
             arriving.wait()
         begun = []
         for chunk, missing in windows.begins:
-            heads = chunks.query[chunk, :depth], *near[chunk, missing:].unbind(1)
+            keys, values = near[chunk, missing:].unbind(1)
+            heads = chunks.query[chunk, :depth], keys, values
             begun.append(attend_rows(heads, outs[chunk, :depth], look_back=depth, scale=scale))
         ctx.windows = windows
         ctx.save_for_backward(query, key, value, out, near, *begun, *rest)
@@ -119,10 +120,11 @@ class _Chunks(torch.autograd.Function):
         # Gradients of keys and values by what the first rows of chunks see.
         begun = torch.empty_like(near)
         for chunk, missing in windows.begins:
+            (keys, values), (to_keys, to_values) = (x[chunk, missing:].unbind(1) for x in (near, begun))
             gradients_of_rows(
-                (chunks.query[chunk, :depth], *near[chunk, missing:].unbind(1)),
+                (chunks.query[chunk, :depth], keys, values),
                 (outs[chunk, :depth], grads[chunk, :depth], next(normalisers)),
-                (into.query[chunk, :depth], *begun[chunk, missing:].unbind(1)),
+                (into.query[chunk, :depth], to_keys, to_values),
                 look_back=depth, scale=scale,
             )  # fmt: skip
         tails, returning = near.new_zeros(2, depth, *near.shape[2:]), None
