@@ -6,13 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from examples.command_line import Flags, model_flags, token_flags
 from examples.far_recall.task import Task
 from megacontext_megatron.config import ConfigError
-
-Value = str | int | float | bool | tuple[int, ...]
-Flags = dict[str, Value]
-
-VOCABULARY_MULTIPLE = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,18 +109,6 @@ def training_flags(task: Task, recipe: Recipe, arm: Arm, seed: int) -> Flags:
         "position_embedding_type": "gaussian_rope",
         "rotary_base": recipe.rotary_base,
     }
-    model: Flags = {
-        "num_layers": recipe.layers,
-        "hidden_size": recipe.hidden,
-        "num_attention_heads": recipe.heads,
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "disable_bias_linear": True,
-        "attention_dropout": 0,
-        "hidden_dropout": 0,
-        "untie_embeddings_and_output_weights": True,
-        "init_method_std": recipe.init_std,
-    }
     training: Flags = {
         "micro_batch_size": recipe.micro_batch,
         "global_batch_size": recipe.batch,
@@ -143,24 +127,9 @@ def training_flags(task: Task, recipe: Recipe, arm: Arm, seed: int) -> Flags:
         "log_interval": recipe.log_interval,
         "num_workers": recipe.workers,
     }
-    tokens: Flags = {
-        "tokenizer_type": "NullTokenizer",
-        "vocab_size": task.vocabulary,
-        "null_tokenizer_eod_id": task.end_of_document,
-        "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE,
-    }
-    values = {**shape, **model, **training, **tokens, **arm.flags}
+    tokens = token_flags(task.vocabulary, task.end_of_document)
+    values = {**shape, **model_flags(recipe), **training, **tokens, **arm.flags}
     return {**values, "max_position_embeddings": values["seq_length"]}
-
-
-def words(flags: Flags) -> list[str]:
-    """Return flags as a command line: True is a switch, a tuple several values."""
-    out: list[str] = []
-    for name, value in flags.items():
-        out.append("--" + name.replace("_", "-"))
-        if value is not True:
-            out.extend(map(str, value if isinstance(value, tuple) else (value,)))
-    return out
 
 
 GPU = Recipe(steps=2000, evaluated=1024, documents=65_536, workers=1, log_interval=20)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from examples.command_line import words
 from examples.far_recall.documents import write_dataset
-from examples.far_recall.recipe import Arm, Recipe, training_flags, words
+from examples.far_recall.recipe import Arm, Recipe, training_flags
 from examples.far_recall.task import Task
 from megacontext_megatron.config import ConfigError
 from megacontext_megatron.telemetry.report import EVALUATION_FILE

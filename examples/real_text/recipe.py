@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.command_line import Flags, model_flags, token_flags
 from examples.real_text.documents import Corpus
 from megacontext_megatron.config import ConfigError, ContextConfig
-
-Flags = dict[str, str | int | float | bool | list[str]]
 
 MEAN, GISTNET, FULL = "mean", "gistnet", "full"
 ARMS = (FULL, GISTNET, MEAN)
@@ -25,6 +23,9 @@ NEWEST = "newest"
 VARIANTS = 2
 CACHE = "cache"
 """The folder of Megatron's indices in the folder of a run."""
+
+VOCABULARY, END_OF_DOCUMENT = 320, 256
+"""Bytes and Megatron's end of document, padded."""
 
 _NEVER = 1_000_000
 
@@ -102,19 +103,7 @@ class Recipe:
 def training_flags(recipe: Recipe, arm: str, seed: int, corpus: Corpus, save: Path) -> Flags:
     """Return the command line of a training, by flag."""
     device: Flags = {"cpu": True} if recipe.cpu else {"bf16": True, "transformer_impl": recipe.transformer_impl}
-    model: Flags = {
-        "num_layers": recipe.layers,
-        "hidden_size": recipe.hidden,
-        "num_attention_heads": recipe.heads,
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "disable_bias_linear": True,
-        "attention_dropout": 0,
-        "hidden_dropout": 0,
-        "untie_embeddings_and_output_weights": True,
-        "init_method_std": recipe.init_std,
-        "position_embedding_type": "gaussian_rope",
-    }
+    model: Flags = {**model_flags(recipe), "position_embedding_type": "gaussian_rope"}
     training: Flags = {
         "train_iters": recipe.steps,
         "lr": recipe.learning_rate,
@@ -135,10 +124,7 @@ def training_flags(recipe: Recipe, arm: str, seed: int, corpus: Corpus, save: Pa
         "valid_data_path": ["1.0", corpus.valid],
         # one for each run, because runs that build the same index at the same time would write over it
         "data_cache_path": str(save / CACHE),
-        "tokenizer_type": "NullTokenizer",
-        "vocab_size": 320,
-        "null_tokenizer_eod_id": 256,
-        "make_vocab_size_divisible_by": 16,
+        **token_flags(VOCABULARY, END_OF_DOCUMENT),
         "save": str(save),
         "save_interval": recipe.steps,
         "no_save_optim": True,
@@ -193,13 +179,3 @@ def newest_flags(recipe: Recipe) -> Flags:
         "mc_eval_inputs": ["recency"],
         "finetune": True,
     }
-
-
-def words(flags: Mapping[str, str | int | float | bool | list[str]]) -> list[str]:
-    """Return flags as a command line: True is a switch, a list gives several values."""
-    out: list[str] = []
-    for name, value in flags.items():
-        out.append("--" + name.replace("_", "-"))
-        if value is not True:
-            out.extend(value if isinstance(value, list) else [str(value)])
-    return out

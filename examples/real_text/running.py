@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.command_line import words
 from examples.real_text.documents import Corpus
-from examples.real_text.recipe import CACHE, FULL, NEWEST, Recipe, evaluation_flags, newest_flags, training_flags, words
+from examples.real_text.recipe import CACHE, FULL, NEWEST, Recipe, evaluation_flags, newest_flags, training_flags
 from megacontext_megatron.telemetry.report import EVALUATION_FILE
 
 RESULT_FILE = "result.json"

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.real_text.recipe import Flags
+from examples.command_line import Flags, model_flags, token_flags
+from examples.real_text.recipe import END_OF_DOCUMENT, VOCABULARY
 from examples.stretch.sequences import SYMBOLS
 from megacontext_megatron.config import ConfigError
 
@@ -83,12 +84,12 @@ class Recipe:
     @property
     def vocabulary(self) -> int:
         """Number of ids: bytes and Megatron's end of document as examples.real_text has them, or symbols and an end."""
-        return 320 if self.text else SYMBOLS + 1
+        return VOCABULARY if self.text else SYMBOLS + 1
 
     @property
     def end_of_document(self) -> int:
         """Id of the end of a document; no generated sequence holds it."""
-        return 256 if self.text else SYMBOLS
+        return END_OF_DOCUMENT if self.text else SYMBOLS
 
     def last(self, data: str) -> int:
         """Return how many last tokens are compared: 256, a quarter of short bases' contexts, or one turn of a task."""
@@ -144,28 +145,16 @@ def cells(recipe: Recipe) -> list[Cell]:
     return [*zero_shot, *adapted, *tasks]
 
 
-def model_flags(recipe: Recipe) -> Flags:
+def base_flags(recipe: Recipe) -> Flags:
     """Return what a base is, by flag: Megatron's own rope, nothing of the plugin."""
     device: Flags = {"cpu": True} if recipe.cpu else {"bf16": True}
     return {
         **device,
         # Biases on scores need it, and a checkpoint of the base must fit.
         "transformer_impl": "local",
-        "num_layers": recipe.layers,
-        "hidden_size": recipe.hidden,
-        "num_attention_heads": recipe.heads,
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "disable_bias_linear": True,
-        "attention_dropout": 0,
-        "hidden_dropout": 0,
-        "untie_embeddings_and_output_weights": True,
-        "init_method_std": recipe.init_std,
+        **model_flags(recipe),
         "position_embedding_type": "rope",
-        "tokenizer_type": "NullTokenizer",
-        "vocab_size": recipe.vocabulary,
-        "null_tokenizer_eod_id": recipe.end_of_document,
-        "make_vocab_size_divisible_by": 16,
+        **token_flags(recipe.vocabulary, recipe.end_of_document),
     }
 
 

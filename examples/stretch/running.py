@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from examples.command_line import words
 from examples.real_text.documents import build
-from examples.real_text.recipe import words
 from examples.stretch import sequences
 from examples.stretch.commands import Commands
 from examples.stretch.recipe import (
@@ -24,9 +24,9 @@ from examples.stretch.recipe import (
     Cell,
     Recipe,
     adapter_flags,
+    base_flags,
     cells,
     evaluation_flags,
-    model_flags,
     training_flags,
 )
 from megacontext_megatron.config import ConfigError
@@ -150,7 +150,7 @@ def run_all(experiment: Experiment, seeds: Sequence[int], jobs: int, *, keep_che
 
 def train_base(experiment: Experiment, seed: int) -> None:
     """Train a seed's base with Megatron's own rope, unless its checkpoint is there."""
-    flags = {**model_flags(experiment.recipe), **training_flags(experiment.recipe, seed)}
+    flags = {**base_flags(experiment.recipe), **training_flags(experiment.recipe, seed)}
     _train(experiment, seed, "base", [*words(flags), "--train-data-path", experiment.data.train])
 
 
@@ -159,7 +159,7 @@ def train_adapters(experiment: Experiment, seed: int, method: str, adapters: str
     recipe = experiment.recipe
     base = _model_folder(experiment, seed, "base")
     flags = {
-        **model_flags(recipe),
+        **base_flags(recipe),
         **training_flags(recipe, seed, recipe.adapted),
         **adapter_flags(recipe, method, adapters, base),
     }
@@ -206,7 +206,7 @@ def measure(experiment: Experiment, seed: int, cell: Cell) -> None:
 def _identity(experiment: Experiment, seed: int, cell: Cell) -> list[str]:
     """Return all that a cell's result follows from: the command lines before it, its own, and the text."""
     recipe = experiment.recipe
-    lines = [{**model_flags(recipe), **training_flags(recipe, seed)}]
+    lines = [{**base_flags(recipe), **training_flags(recipe, seed)}]
     if cell.adapters != ZERO_SHOT:
         added = adapter_flags(recipe, cell.method, cell.adapters, Path("base"))
         lines.append({**training_flags(recipe, seed, recipe.adapted), **added})

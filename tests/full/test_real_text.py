@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from examples.command_line import words
 from examples.real_text import report
 from examples.real_text.__main__ import main
 from examples.real_text.documents import Corpus, build
-from examples.real_text.recipe import ARMS, FULL, GISTNET, MEAN, Recipe, evaluation_flags, training_flags, words
+from examples.real_text.recipe import ARMS, FULL, GISTNET, MEAN, Recipe, evaluation_flags, training_flags
 from megacontext_megatron.config import ConfigError
 from megacontext_megatron.data.indexed import check_indexed_dataset
 

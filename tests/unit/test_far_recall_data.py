@@ -12,10 +12,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.tokenizers import MegatronTokenizer
 
+from examples.command_line import words
 from examples.far_recall.__main__ import experiment_of, parser
 from examples.far_recall.bound import bag_bound
 from examples.far_recall.documents import documents, write_dataset
-from examples.far_recall.recipe import TIERS, arms, training_flags, words
+from examples.far_recall.recipe import TIERS, arms, training_flags
 from examples.far_recall.report import RESULTS, draw_curves, print_table, summarise, write_results
 from examples.far_recall.task import Task
 from examples.far_recall.training import Experiment, Outcome

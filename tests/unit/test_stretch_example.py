@@ -24,9 +24,9 @@ from examples.stretch.recipe import (
     ZERO_SHOT,
     Recipe,
     adapter_flags,
+    base_flags,
     cells,
     evaluation_flags,
-    model_flags,
     stretch_flags,
     training_flags,
 )
@@ -139,7 +139,7 @@ def test_all_contexts_of_a_tier_are_compared_on_the_same_labels(tier):
 def test_a_base_is_megatrons_rope_and_every_step_has_as_many_tokens():
     own = {field.name for group in (RotaryFlags, RetrofitFlags) for field in dataclasses.fields(group)}
     for recipe in TIERS.values():
-        base = {**model_flags(recipe), **training_flags(recipe, 1)}
+        base = {**base_flags(recipe), **training_flags(recipe, 1)}
         assert base["position_embedding_type"] == "rope"
         assert not [name for name in base if name in own or name.startswith(("mc_", "megacontext", "gaussian"))]
         for factor in (1, recipe.adapted):
