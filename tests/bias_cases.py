@@ -18,6 +18,7 @@ from megacontext_megatron.position.heads import HeadShare
 from megacontext_megatron.position.parameters import SumOverRanks
 from megacontext_megatron.position.score_bias import BiasInputs, ScoreBias
 from megacontext_megatron.position.score_biases import build_bias
+from tests.sums_over_ranks import alone
 
 HEADS, GROUPS, WIDTH, HIDDEN = 4, 2, 8, 12
 LAYERS = (1,)
@@ -26,11 +27,6 @@ TOLERANCE = 1e-11
 """Of sums of some hundred float64 terms of about 1 to 100."""
 TOKENS = [1] * 10
 GISTS = [1024, 32, 32, 1, 1, 1, 32, 1, 1]
-
-
-def alone(value: Tensor) -> Tensor:
-    """Stand on a tensor-parallel group of one."""
-    return value
 
 
 def bias_of(name: Any, share: HeadShare = SHARE, sum_over_ranks: SumOverRanks = alone, **fields: Any) -> ScoreBias:

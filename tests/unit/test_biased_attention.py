@@ -22,8 +22,9 @@ from megacontext_megatron.attention.biased_attention import BiasedAttention
 from megacontext_megatron.cpu import CudaMeansCpu, install
 from megacontext_megatron.position.score_bias import BiasInputs, ScoreBias
 from megacontext_megatron.spans.context_parallel import zigzag_rows
-from tests.bias_cases import GISTS, GROUPS, HEADS, SHARE, TOLERANCE, WIDTH, Scene, alone, bias_of, precise
+from tests.bias_cases import GISTS, GROUPS, HEADS, SHARE, TOLERANCE, WIDTH, Scene, bias_of, precise
 from tests.launch import call
+from tests.sums_over_ranks import alone
 
 ALL: dict[str, dict[str, Any]] = {
     "alibi": {},

@@ -15,7 +15,8 @@ from megacontext_megatron.attention.transformer_config import MegaContextTransfo
 from megacontext_megatron.config import ContextConfig, GaussianRopeConfig, RotaryConfig, Settings
 from megacontext_megatron.encoding_config import SPARE_CHANNELS, BiasConfig, RetrofitConfig
 from megacontext_megatron.position.retrofit_biases import AlibiLora
-from tests.bias_cases import GISTS, HIDDEN, SHARE, Scene, alone, bias_of, precise, visible
+from tests.bias_cases import GISTS, HIDDEN, SHARE, Scene, bias_of, precise, visible
+from tests.sums_over_ranks import alone
 
 WIDTH, HEADS, GROUPS, BATCH = 32, 4, 2, 2
 SCALE = 1 / math.sqrt(WIDTH)

@@ -15,31 +15,13 @@ from megacontext_megatron.position.contextual import ContextualSteps
 from megacontext_megatron.position.heads import HeadShare
 from megacontext_megatron.position.layer_frequencies import layer_frequencies
 from tests import oracles
+from tests.sums_over_ranks import alone, doubled
 
 HALF = 2.0**-24
 """Half a unit of fp32, relative to a number."""
 CPU = torch.device("cpu")
 HEADS, GROUPS, WIDTH = 8, 4, 16
 GRAPES = {"shared": GrapeMConfig(), "per head": GrapeMConfig(per_head=True)}
-
-
-def alone(value):
-    """Stand on a tensor-parallel group of one."""
-    return value
-
-
-class Doubled(torch.autograd.Function):
-    """Identity whose backward sums over two ranks that agree."""
-
-    @staticmethod
-    def forward(ctx, value):
-        del ctx
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        del ctx
-        return 2 * gradient
 
 
 def share_of(rank=0, ranks=1, groups=GROUPS):
@@ -291,7 +273,7 @@ def test_ranks_hold_slices_and_their_gradients_add_up(kind, ranks):
 @pytest.mark.parametrize("kind", LEARNED)
 def test_replicas_are_read_through_the_sum_over_ranks(kind):
     found = []
-    for sum_over_ranks in (alone, Doubled.apply):
+    for sum_over_ranks in (alone, doubled):
         module = frequencies(LEARNED[kind], sum_over_ranks=sum_over_ranks, spread=0.2, length=300)
         module(CPU).sum().backward()
         found.append(grads(module))

@@ -11,6 +11,7 @@ from megacontext_megatron.position.frequencies import rotary_frequencies
 from megacontext_megatron.position.gaussian import LOG_SCALE_LIMIT, GaussianRotary, LearnableSigma, LogWidthBias
 from megacontext_megatron.spans.metadata import SpanMetadata, base_sigma
 from tests import oracles
+from tests.sums_over_ranks import alone, doubled
 
 EPS = torch.finfo(torch.float32).eps
 BLOCK, LEVELS, GROUPS, HEADS = 32, 2, 4, 8
@@ -27,11 +28,6 @@ def _parameters_on_cpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
         yield
-
-
-def alone(value):
-    """Stand on a tensor-parallel group of one."""
-    return value
 
 
 def grad(leaf):
@@ -123,26 +119,13 @@ def test_ranks_hold_slices_of_one_table():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_replicas_are_read_through_the_sum_over_ranks(kind):
-    class Doubled(torch.autograd.Function):
-        """Identity whose backward sums over two ranks that agree."""
-
-        @staticmethod
-        def forward(ctx, value):
-            del ctx
-            return value.view_as(value)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            del ctx
-            return 2 * gradient
-
     gradients = []
-    for sum_over_ranks in (alone, Doubled.apply):
+    for sum_over_ranks in (alone, doubled):
         module = learnable(kind, values=NOT_IN_HALF, sum_over_ranks=sum_over_ranks)
         module().sum().backward()
         gradients.append(grad(module.log_scale))
     assert torch.equal(gradients[1], 2 * gradients[0])
-    bias = LogWidthBias(0.25, Doubled.apply)
+    bias = LogWidthBias(0.25, doubled)
     spans = mixed_spans()
     query, _ = bias(random_rows(spans, HEADS), random_rows(spans, GROUPS), spans)
     query[..., -1].sum().backward()

@@ -15,6 +15,7 @@ from megacontext_megatron.encoding_config import BiasConfig, RetrofitConfig
 from megacontext_megatron.position.heads import HeadShare
 from megacontext_megatron.position.retrofit_biases import AlibiLora, SlowBands
 from megacontext_megatron.position.score_bias import BiasInputs
+from tests.sums_over_ranks import alone, doubled
 
 EPS = torch.finfo(torch.float32).eps
 HEADS, GROUPS, WIDTH, ROWS, BATCH, HIDDEN, RANK = 4, 2, 8, 12, 2, 16, 3
@@ -22,25 +23,6 @@ PERIODS = (40.0, 1e3, 1e6, 1e9)
 BANDS = BiasConfig(name="slow-bands", layers=(1,), periods=PERIODS)
 LORA = RetrofitConfig(parts=("alibi-lora",), lora_rank=RANK, lora_length=50)
 WHOLE = HeadShare(heads=HEADS, groups=GROUPS, width=WIDTH)
-
-
-class Doubled(torch.autograd.Function):
-    """Identity whose backward sums over two ranks that agree."""
-
-    @staticmethod
-    def forward(ctx, value):
-        del ctx
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        del ctx
-        return 2 * gradient
-
-
-def alone(value):
-    """Stand on a tensor-parallel group of one."""
-    return value
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -195,7 +177,7 @@ def test_ranks_compute_their_heads_of_one_layer(name):
 @pytest.mark.parametrize("name", MAKERS)
 def test_parameters_are_read_through_the_sum_over_ranks(name):
     gradients = []
-    for sum_over_ranks in (alone, Doubled.apply):
+    for sum_over_ranks in (alone, doubled):
         module = MAKERS[name](sum_over_ranks=sum_over_ranks)
         run(module).square().sum().backward()
         gradients.append([parameter.grad for parameter in module.parameters()])

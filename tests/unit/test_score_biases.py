@@ -15,7 +15,8 @@ from megacontext_megatron.position.linear_biases import Alibi, GrapeA
 from megacontext_megatron.position.retrofit_biases import SlowBands
 from megacontext_megatron.position.score_biases import build_bias
 from megacontext_megatron.position.table_biases import FireBias, T5Bias
-from tests.bias_cases import GISTS, GROUPS, HEADS, HIDDEN, LAYERS, TOKENS, WIDTH, Scene, alone, bias_of, precise
+from tests.bias_cases import GISTS, GROUPS, HEADS, HIDDEN, LAYERS, TOKENS, WIDTH, Scene, bias_of, precise
+from tests.sums_over_ranks import alone, doubled
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "alibi": ("alibi", {}),
@@ -92,24 +93,10 @@ def test_a_share_of_heads_is_part_of_the_whole(name, fields):
         assert bool(parameter.grad.any())  # type: ignore[union-attr]
 
 
-class Doubled(torch.autograd.Function):
-    """Identity whose backward sums over two ranks that agree."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
-        del ctx
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        del ctx
-        return 2 * gradient
-
-
 @every_bias
 def test_parameters_are_read_through_the_sum_over_ranks(name, fields):
     scene, gradients = Scene(widths=TOKENS), []
-    for sum_over_ranks in (alone, Doubled.apply):
+    for sum_over_ranks in (alone, doubled):
         bias = precise(bias_of(name, sum_over_ranks=sum_over_ranks, **fields))
         if not list(bias.parameters()):
             assert name == "alibi"
