@@ -111,40 +111,45 @@ def settings(size: Size, gaussian: GaussianRopeConfig | None) -> Settings:
     )
 
 
-def layer(size: Size, chosen: Settings, *, qk_norm: bool, **more: Any) -> torch.nn.Module:
-    """Return one decoder layer on the device, built as training builds it; `more` goes to its config."""
+def decoder_layers(size: Size, chosen: Settings, *, qk_norm: bool, **more: Any) -> list[torch.nn.Module]:
+    """Return decoder layers on the device, one if not told otherwise, built as training builds them.
+
+    `more` goes to their config.
+    """
     from megatron.core.transformer.spec_utils import build_module
 
     from megacontext_megatron.attention.layer_spec import decoder_block_spec
     from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
 
-    config = MegaContextTransformerConfig(
-        num_layers=1,
-        hidden_size=size.hidden,
-        ffn_hidden_size=size.ffn,
-        num_attention_heads=size.query_heads,
-        num_query_groups=size.groups,
-        kv_channels=size.head_dim,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=size.device == "cuda",
-        bias_dropout_fusion=size.device == "cuda",
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bf16=size.dtype is torch.bfloat16,
-        params_dtype=size.dtype,
-        apply_rope_fusion=chosen.gaussian is None and size.impl == "transformer_engine",
-        qk_layernorm=qk_norm,
-        transformer_impl=cast(Any, size.impl),
-        use_cpu_initialization=size.device == "cpu",
-        mc_settings=chosen,
-        **more,
-    )
+    on_device = size.device == "cuda"
+    sizes: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": size.hidden,
+        "ffn_hidden_size": size.ffn,
+        "num_attention_heads": size.query_heads,
+        "num_query_groups": size.groups,
+        "kv_channels": size.head_dim,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "bias_activation_fusion": on_device,
+        "bias_dropout_fusion": on_device,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bf16": size.dtype is torch.bfloat16,
+        "params_dtype": size.dtype,
+        "apply_rope_fusion": chosen.gaussian is None and size.impl == "transformer_engine",
+        "qk_layernorm": qk_norm,
+        "transformer_impl": size.impl,
+        "use_cpu_initialization": not on_device,
+        "mc_settings": chosen,
+    }
+    config = MegaContextTransformerConfig(**{**sizes, **more})
     spec = decoder_block_spec(config)
     assert spec.layer_specs is not None
-    return build_module(spec.layer_specs[0], config=config, layer_number=1).to(size.device).train()
+    made = (build_module(each, config=config, layer_number=number) for number, each in enumerate(spec.layer_specs, 1))
+    return [cast(torch.nn.Module, each).to(size.device).train() for each in made]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +162,14 @@ class Layers:
     @classmethod
     def built(cls, size: Size, *, qk_norm: bool, learned: bool = False) -> Layers:
         """Build the plain layer and ours, and with `learned` ours with learned spreads as well."""
-        layers = {PLAIN: layer(size, settings(size, None), qk_norm=qk_norm)}
+        [plain] = decoder_layers(size, settings(size, None), qk_norm=qk_norm)
+        made = {PLAIN: plain}
         kinds: dict[str, LearnableSigma] = {OURS: "none", **({LEARNED: "level"} if learned else {})}
         for name, kind in kinds.items():
             chosen = settings(size, GaussianRopeConfig(learnable_sigma=kind))
-            layers[name] = layer(size, chosen, qk_norm=qk_norm)
-            copy_weights(layers[PLAIN], layers[name])
-        return cls(size=size, layers=layers)
+            [made[name]] = decoder_layers(size, chosen, qk_norm=qk_norm)
+            copy_weights(plain, made[name])
+        return cls(size=size, layers=made)
 
     def positions(self, name: str, rows: int) -> Tensor:
         """Return what a contender takes as `rotary_pos_emb`: mixed contexts for ours, a table for the plain layer."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from scripts.benchmarks.layer_step import (
     attention_pass,
     carrier,
     causal_mask,
+    decoder_layers,
     missing,
     one_rank,
     relative,
@@ -128,45 +129,15 @@ def settings(size: Size, rows: int, arm: Arm) -> Settings:
 
 def stack(size: Size, rows: int, arm: Arm, *, qk_norm: bool) -> torch.nn.ModuleList:
     """Return an arm's layers on the device, built as training builds them."""
-    from megatron.core.transformer.spec_utils import build_module
-
-    from megacontext_megatron.attention.layer_spec import decoder_block_spec
-    from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
-
-    on_device = size.device == "cuda"
-    config = MegaContextTransformerConfig(
-        num_layers=LAYERS,
-        hidden_size=size.hidden,
-        ffn_hidden_size=size.ffn,
-        num_attention_heads=size.query_heads,
-        num_query_groups=size.groups,
-        kv_channels=size.head_dim,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=on_device,
-        bias_dropout_fusion=on_device,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bf16=size.dtype is torch.bfloat16,
-        params_dtype=size.dtype,
-        apply_rope_fusion=not arm.plugin and on_device,
-        qk_layernorm=qk_norm,
-        window_size=(LOOK_BACK, 0) if arm.windows else None,
-        window_attn_skip_freq=LAYERS if arm.windows else None,
-        no_rope_freq=LAYERS if arm.windows else None,
-        transformer_impl=cast(Any, size.impl),
-        use_cpu_initialization=not on_device,
-        mc_settings=settings(size, rows, arm),
+    patterns: dict[str, Any] = {}
+    if arm.windows:
+        patterns = {"window_size": (LOOK_BACK, 0), "window_attn_skip_freq": LAYERS, "no_rope_freq": LAYERS}
+    fused = not arm.plugin and size.device == "cuda"
+    return torch.nn.ModuleList(
+        decoder_layers(
+            size, settings(size, rows, arm), qk_norm=qk_norm, num_layers=LAYERS, apply_rope_fusion=fused, **patterns
+        )
     )
-    spec = decoder_block_spec(config)
-    assert spec.layer_specs is not None
-    layers = [
-        cast(torch.nn.Module, build_module(layer, config=config, layer_number=number))
-        for number, layer in enumerate(spec.layer_specs, 1)
-    ]
-    return torch.nn.ModuleList(layers).to(size.device).train()
 
 
 def built(size: Size, rows: int, arms: tuple[Arm, ...], *, qk_norm: bool) -> dict[Arm, torch.nn.ModuleList]:

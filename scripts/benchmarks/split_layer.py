@@ -22,7 +22,7 @@ from scripts.benchmarks.layer_step import (
     carrier,
     causal_mask,
     copy_weights,
-    layer,
+    decoder_layers,
     missing,
     relative,
 )
@@ -102,7 +102,8 @@ def _layer(size: Size, look_back: int, rows: int, ranks: int) -> torch.nn.Module
         backend="triton" if size.device == "cuda" else "torch",
         attention=AttentionConfig(backends=("triton",)),
     )
-    return layer(size, chosen, qk_norm=False, window_size=(look_back, 0), context_parallel_size=ranks)
+    [made] = decoder_layers(size, chosen, qk_norm=False, window_size=(look_back, 0), context_parallel_size=ranks)
+    return made
 
 
 def gate(sides: Sides) -> list[Check]:
