@@ -143,6 +143,8 @@ PP: Flags = {"pipeline_model_parallel_size": 2}
 VPP: Flags = PP | {"num_layers_per_virtual_pipeline_stage": 1}
 CP: Flags = {"context_parallel_size": 2}
 DIST_OPT: Flags = {"use_distributed_optimizer": True}
+TWO_RANKS: Mapping[str, Flags] = {"tp": TP, "sp": TP_SP, "pp": PP, "cp": CP, "dp": {}}
+"""The plain layouts of two ranks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

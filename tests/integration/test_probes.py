@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.test_commands import evaluated
+from tests.integration.test_evaluate import evaluated
 from tests.launch import TrainResult
 from tests.parity import CP, DIST_OPT, PP, TP_SP, VPP
 from tests.small import small_training

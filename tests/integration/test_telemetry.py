@@ -20,6 +20,7 @@ from megacontext_megatron.config import ContextConfig
 from megacontext_megatron.spans.plan import plan_rows
 from megacontext_megatron.telemetry.sinks import METRICS_FILE, read_metrics
 from tests.launch import TrainResult, call
+from tests.parity import PP, TP, TWO_RANKS
 from tests.small import MICRO_BATCHES, SMALL, STEPS, TOKENS_ONLY, small_training
 
 CONTEXT = ContextConfig(
@@ -292,14 +293,8 @@ def test_an_interval_of_two_steps_reports_their_mean(small_run, corpus, tmp_path
 
 
 HEADS = {"gaussian_rope_learnable_sigma": "head"}
-TP = {"tensor_model_parallel_size": 2}
-PP = {"pipeline_model_parallel_size": 2}
 LAYOUTS = {
-    "tp": TP,
-    "sp": {**TP, "sequence_parallel": True},
-    "pp": PP,
-    "cp": {"context_parallel_size": 2},
-    "dp": {},
+    **TWO_RANKS,
     "virtual stages": {**PP, "num_layers": 4, "num_layers_per_virtual_pipeline_stage": 1},
     "heads over tp": {**TP, **HEADS},
     "heads over pp": {**PP, **HEADS},
