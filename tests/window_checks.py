@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from megacontext_megatron.kernels.rotary import span_rotary
 from megacontext_megatron.kernels.window_attention import Tiles, attend_rows, choose_tiles, gradients_of_rows
@@ -52,6 +53,19 @@ def check_strides(case: Case, device: Device = "cpu") -> None:
     other, same = found(case, dataclasses.replace(given, heads=[_elsewhere(x) for x in given.heads]))
     assert torch.equal(out, other)
     assert all(map(torch.equal, gradients, same))
+
+
+def check_what_is_kept_elsewhere(case: Case, device: Device = "cpu") -> None:
+    """Assert that gradients are the same where what the forward pass keeps comes back as dense copies."""
+    given = given_of(case, device)
+    if given.mixed is None:
+        given = dataclasses.replace(given, heads=[_elsewhere(x) for x in given.heads])
+    else:
+        given = dataclasses.replace(given, mixed=_elsewhere(given.mixed))
+    gradients = found(case, given)[1]
+    with saved_tensors_hooks(lambda x: torch.empty(x.shape, device=x.device, dtype=x.dtype).copy_(x), lambda x: x):
+        same = found(case, given)[1]
+    assert all(map(torch.equal, same, gradients))
 
 
 def check_rows_of_larger_tensors(case: Case, device: Device = "cpu") -> None:

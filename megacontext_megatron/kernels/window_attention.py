@@ -336,7 +336,9 @@ class _WindowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         source, key, value, out, normaliser, *rest = ctx.saved_tensors
-        spec: _Spec = ctx.spec
+        # What was kept on the host comes back with other strides.
+        layout = ctx.spec.layout.again(source, key, value)
+        spec: _Spec = replace(ctx.spec, layout=layout)
         turned = Turned(*rest) if ctx.turned else None
         wanted: tuple[Tensor | None, ...]
         if key is None or value is None:

@@ -64,6 +64,12 @@ class WindowLayout:
             key=strides, value=strides, mixed=True,
         )  # fmt: skip
 
+    def again(self, source: Tensor, key: Tensor | None, value: Tensor | None) -> WindowLayout:
+        """Return the layout of the same sizes as these tensors lie in memory."""
+        if key is None or value is None:
+            return WindowLayout.of_mixed(source, self.hn)
+        return WindowLayout.of_heads(source, key, value)
+
     @property
     def per_group(self) -> int:
         """Query heads of a query group."""

@@ -100,6 +100,11 @@ def test_strides_make_no_difference(case):
     window_checks.check_strides(case)
 
 
+@pytest.mark.parametrize("case", [Case(np=4, ng=2), MIXED, dataclasses.replace(HALVES, mixed=True)], ids=str)
+def test_what_is_kept_on_the_host_gives_the_same_gradients(case):
+    window_checks.check_what_is_kept_elsewhere(case)
+
+
 @pytest.mark.parametrize("case", [Case(), Case(np=6, ng=2, sq=23, look_back=31)], ids=str)
 def test_rows_of_larger_tensors_are_written_where_they_lie(case):
     window_checks.check_rows_of_larger_tensors(case)
