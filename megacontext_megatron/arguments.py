@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megacontext_megatron.attention_arguments import attention_config, windowed_layers
+from megacontext_megatron.attention_arguments import attention_config
 from megacontext_megatron.bias_arguments import additive_config, bias_configs, check_fold, retrofit_config
 from megacontext_megatron.config import (
     ENCODINGS,
@@ -40,6 +40,7 @@ from megacontext_megatron.flags import (
     TeacherFlags,
     WatchFlags,
 )
+from megacontext_megatron.layer_patterns import check_layer_patterns, layers_without_rope, windowed_layers
 from megacontext_megatron.objective_arguments import (
     curriculum_stages,
     gist_config,
@@ -227,17 +228,9 @@ def rotary_backend(args: Namespace, gaussian: GaussianRopeConfig | None, rotary:
     return "triton" if covered and rotary_name(args) and installed and not args.cpu else "torch"
 
 
-def layers_without_rope(no_rope_freq: int | list[int] | None, num_layers: int) -> tuple[int, ...]:
-    """Return the layers, counted from 1, that Megatron's `--no-rope-freq` leaves without rotary."""
-    if no_rope_freq is None:
-        return ()
-    if isinstance(no_rope_freq, int):
-        return tuple(range(no_rope_freq, num_layers + 1, no_rope_freq)) if no_rope_freq else ()
-    return tuple(layer for layer, skipped in enumerate(no_rope_freq, start=1) if skipped)
-
-
 def settings_from(args: Namespace) -> Settings:
     """Return the settings of arguments that Megatron has validated; raises ConfigError naming flags that do not fit."""
+    check_layer_patterns(args)
     context = context_config(args)
     gaussian = gaussian_config(args, context)
     rotary = rotary_config(args, context)

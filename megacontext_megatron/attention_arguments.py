@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
-from megatron.core.transformer.utils import is_layer_window_attention
 
 from megacontext_megatron.attention_config import MEGATRON, AttentionConfig
 from megacontext_megatron.config import ConfigError
 from megacontext_megatron.encoding_config import BiasConfig
+from megacontext_megatron.layer_patterns import windowed_layers
 from megacontext_megatron.position.linear_biases import alibi_slopes
 
 Namespace = argparse.Namespace
@@ -24,6 +24,9 @@ _AMPERE = (8, 0)
 
 _SHARED_MEMORY = 227 * 1024
 """Bytes a block can have on Hopper and datacentre Blackwell, which the largest tiles of the kernels fill."""
+
+_MOST_HEADS = 128
+"""Of a query group, that a tile of the window kernel holds."""
 
 _FRAME_ROWS = 128
 """That the kernel counts distances of scores from one anchor for."""
@@ -108,6 +111,9 @@ def no_kernel(args: Namespace) -> str | None:
 def _own(need: Need) -> Iterator[str]:
     if find_spec("triton") is None:
         yield "the package triton is not installed"
+    heads = need.args.num_attention_heads // need.groups
+    if need.windowed and need.bias == "none" and heads > _MOST_HEADS:
+        yield f"in windows it serves up to {_MOST_HEADS} query heads of a group, not {heads}"
     if torch.cuda.is_available() and _shared_memory() < _SHARED_MEMORY:
         yield f"its tiles need {_SHARED_MEMORY // 1024} KiB of shared memory, as GPUs of the H100's kind have"
     if need.head_dim not in (64, 128):
@@ -245,19 +251,27 @@ def _bias(args: Namespace, biases: tuple[BiasConfig, ...], layer: int) -> Bias:
     return "linear" if own or by_query else "none"
 
 
-def windowed_layers(args: Namespace) -> tuple[int, ...]:
-    """Return the layers, counted from 1, that attend within a sliding window."""
-    size, skip = args.window_size, args.window_attn_skip_freq
-    return tuple(
-        layer for layer in range(1, args.num_layers + 1) if size and is_layer_window_attention(size, skip, layer)
-    )
-
-
 def _frame(args: Namespace, biases: tuple[BiasConfig, ...], layer: int) -> float:
     """Return what linear biases of a layer amount to between the rows of a frame of the widest gists, in nats."""
     scales = sum(bias.slope_scale for bias in biases if bias.linear and layer in bias.layers)
     widest = args.mc_block_size**args.mc_max_level if args.megacontext else 1
     return max(alibi_slopes(args.num_attention_heads)) * scales * _FRAME_ROWS * widest
+
+
+def _needs(args: Namespace, biases: tuple[BiasConfig, ...]) -> list[Need]:
+    """Return what every layer needs, in order."""
+    windowed = set(windowed_layers(args))
+    return [
+        Need(
+            args=args,
+            layer=layer,
+            windowed=layer in windowed,
+            bias=_bias(args, biases, layer),
+            frame=_frame(args, biases, layer),
+            learned=args.grape_a_learnable or args.grape_a_gate != "none" or "alibi-lora" in args.retrofit,
+        )
+        for layer in range(1, args.num_layers + 1)
+    ]
 
 
 def attention_config(args: Namespace, biases: tuple[BiasConfig, ...]) -> AttentionConfig:
@@ -273,18 +287,8 @@ def attention_config(args: Namespace, biases: tuple[BiasConfig, ...]) -> Attenti
                     "--megacontext: stock encodings run Megatron's own layers."
                 )
         return AttentionConfig()
-    windowed = set(windowed_layers(args))
-    needs = [
-        Need(
-            args=args,
-            layer=layer,
-            windowed=layer in windowed,
-            bias=_bias(args, biases, layer),
-            frame=_frame(args, biases, layer),
-            learned=args.grape_a_learnable or args.grape_a_gate != "none" or "alibi-lora" in args.retrofit,
-        )
-        for layer in range(1, args.num_layers + 1)
-    ]
+    needs = _needs(args, biases)
+    windowed = [need for need in needs if need.windowed]
     for flag, kind, there in (
         ("window", "a window", windowed),
         ("global", "every row", len(windowed) < args.num_layers),
@@ -309,9 +313,38 @@ def _check_reach(args: Namespace, needs: list[Need], config: AttentionConfig) ->
             "--mc-reach-skip needs --qk-layernorm with --normalization RMSNorm: nothing else bounds the scores that a "
             "bias must outweigh before keys can be left out."
         )
-    if not any(need.bias in ("linear", "folded") and config.backend_of(need.layer) == "triton" for need in needs):
+    biased = [need for need in needs if need.bias in ("linear", "folded")]
+    if not biased:
         raise ConfigError(
-            "--mc-reach-skip has no effect: no layer has a linear bias (--grape-a, --position-bias alibi or grape-a, "
-            "--retrofit alibi-lora) in the plugin's kernel. Give --mc-global-backend triton; a --bias-fold runs in "
-            "others by itself."
+            "--mc-reach-skip has no effect: no layer has linear biases alone (--grape-a, --position-bias alibi or "
+            "grape-a, --retrofit alibi-lora)."
         )
+    if not any(config.backend_of(need.layer) == "triton" for need in biased):
+        reason = why_not("triton", biased[0]) or f"give {biased[0].flag} triton"
+        raise ConfigError(
+            f"--mc-reach-skip has no effect: layer {biased[0].layer}, which has a linear bias, does not run in the "
+            f"plugin's kernel: {reason}."
+        )
+
+
+def attention_notices(args: Namespace, biases: tuple[BiasConfig, ...], config: AttentionConfig) -> list[str]:
+    """Return what of the choice of backends a user would want to hear, a sentence for layers that share it."""
+    if args.mc_encoding is None or args.cpu:
+        return []
+    said: dict[str, list[str]] = {}
+    for need in _needs(args, biases):
+        for sentence in _notices(need, config.backend_of(need.layer)):
+            said.setdefault(sentence, []).append(str(need.layer))
+    return [f"{sentence} (layers {', '.join(layers)})" for sentence, layers in said.items()]
+
+
+def _notices(need: Need, chosen: str) -> Iterator[str]:
+    dense = chosen == MEGATRON and not need.on_te
+    name = "dense attention" if dense else "Transformer Engine" if chosen == MEGATRON else chosen
+    if need.asked == "auto":
+        for backend in preferences(need):
+            if backend == chosen:
+                break
+            yield f"{name} instead of {backend}: {why_not(backend, need)}"
+    if need.bias == "folded" and (chosen == "triton" or dense):
+        yield f"{name} adds biases to scores, and --bias-fold takes channels from heads for nothing"

@@ -151,7 +151,8 @@ class BiasFlags:
 
     bias_fold: bool = False
     """On layers without rotary, linear biases (alibi, grape-a) travel in the last 4 channels of queries and keys, which
-    carry no content then, so that every attention backend has them at its full speed."""
+    carry no content then, so that library backends have them at their full speed. The plugin's kernel, and dense
+    attention in half precision, add them to scores all the same. Part of the model; heads need 16 channels or more."""
 
     t5_num_buckets: int = 32
     """t5: buckets of distances."""

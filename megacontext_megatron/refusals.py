@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megacontext_megatron.encoding_config import LINEAR_BIASES
@@ -21,6 +21,10 @@ class Refusal:
     flag: str
     asked: Callable[[Namespace], bool]
     why: str
+
+
+def _is_window(size: Sequence[int]) -> bool:
+    return len(size) == 2 and size[0] >= 0 and size[1] == 0
 
 
 def _given(dest: str) -> Callable[[Namespace], bool]:
@@ -327,8 +331,9 @@ SPAN_REFUSALS = (
     ),
     Refusal(
         flag="--window-size",
-        asked=lambda a: a.window_size is not None and (a.window_size[0] < 0 or a.window_size[1] != 0),
-        why="a row sees rows before it; give ROWS,0, or leave the flag out where all of them are seen",
+        asked=lambda a: a.window_size is not None and not _is_window(a.window_size),
+        why="a row sees rows before it; give ROWS,0 (127,0 is a window of 128 rows), or leave the flag out where all "
+        "of them are seen",
     ),
     Refusal(
         flag="--cp-comm-type with --transformer-impl local",

@@ -23,6 +23,7 @@ from megacontext_megatron.arguments import (
 from megacontext_megatron.argv import APEX_EXTENSION
 from megacontext_megatron.attention.layer_spec import resolved_layers
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
+from megacontext_megatron.attention_arguments import attention_notices
 from megacontext_megatron.config import ConfigError, Settings
 from megacontext_megatron.context.gistnet import TENSOR_PARTIAL
 from megacontext_megatron.data_checks import (
@@ -337,5 +338,7 @@ class Run:
         print("> layer | encoding | rotary | window | bias | core attention", flush=True)
         for row in self._args.mc_layers:
             print("> " + " | ".join(row), flush=True)
+        for line in attention_notices(args, self._settings.biases, self._settings.attention):
+            print(f"> {line}", flush=True)
         if self._settings.megacontext:
             print(f"> {gist_line(self._settings)}", flush=True)

@@ -82,8 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.draw:
         from scripts.benchmarks.figure import draw
 
+        try:
+            kept = json.loads(asked.draw.read_text())
+        except (OSError, ValueError) as error:
+            parser().error(f"--draw {asked.draw}: {error}")
         asked.out.mkdir(parents=True, exist_ok=True)
-        draw(json.loads(asked.draw.read_text()), asked.out / FIGURE)
+        draw(kept, asked.out / FIGURE)
         return 0
     import torch
 

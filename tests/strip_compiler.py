@@ -12,6 +12,8 @@ ROTATIONS = {
     "plain": {"ROTATE": False, "R": 1, "INTERLEAVED": False, "table": None, "planes": 0},
     "halves": {"ROTATE": True, "R": 64, "INTERLEAVED": False},
     "interleaved": {"ROTATE": True, "R": 32, "INTERLEAVED": True},
+    "neighbours": {"ROTATE": True, "R": 1, "INTERLEAVED": False},
+    "eight": {"ROTATE": True, "R": 8, "INTERLEAVED": False},
 }
 
 

@@ -38,9 +38,9 @@ class BiasFold:
     def __call__(self, query: Tensor, key: Tensor, slopes: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """Return q [s, b, np, hn] and k [s, b, ng, hn] with the biases in them, written where q and k lie.
 
-        `slopes` are fp32 [np] or [s, b, np], nats per token, `centre` float64 [s, b], tokens; both get gradients.  The
-        gradients of q and k hold in the spare channels what their makers must drop, as `split_spare` does.  Under
-        slopes of rows q is copied before.
+        `slopes` are fp32 [np] or [s, b, np], nats per token, `centre` float64 [s, b], tokens; both get gradients, and
+        places that do are folded without the kernel.  The gradients of q and k hold in the spare channels what their
+        makers must drop, as `split_spare` does.  Under slopes of rows q is copied before.
         """
         if slopes.dim() > 1:
             # Slopes of rows come from gates, whose backward pass reads queries as they were.
@@ -54,7 +54,9 @@ class BiasFold:
 
     def plain(self, query: Tensor, key: Tensor, slopes: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """Return the same q and k by PyTorch alone, from any device and dtype; q is overwritten in every case."""
-        return _Fold.apply(query, key, slopes / self.scale, centre - self.anchor)  # pyright: ignore[reportReturnType]
+        # A GPU would multiply by the inverse of a number, and the kernel divides.
+        slopes = slopes / slopes.new_full((), self.scale)
+        return _Fold.apply(query, key, slopes, centre - self.anchor)  # pyright: ignore[reportReturnType]
 
 
 def bias_fold(config: MegaContextTransformerConfig, layer_number: int) -> BiasFold | None:

@@ -25,7 +25,7 @@ from megacontext_megatron.attention.library_attention import CudnnAttention, Fla
 from megacontext_megatron.attention.norm import NormBuilder, PortableNorm, without_extra_state
 from megacontext_megatron.attention.self_attention import SpanSelfAttention
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
-from megacontext_megatron.attention.windows import window_of
+from megacontext_megatron.attention.windows import rotates_inside, window_of
 from megacontext_megatron.attention_config import MEGATRON
 from megacontext_megatron.config import ENCODINGS, Settings
 from megacontext_megatron.encoding_config import SPARE_CHANNELS
@@ -159,8 +159,9 @@ def _core_attention(config: MegaContextTransformerConfig, layer_number: int) -> 
     if backend == "triton":
         windowed = _core(config, layer_number) is WindowAttention
         exchange = (", halo" if windowed else ", gathered keys") if split else ""
+        turns = ", rotary inside" if windowed and rotates_inside(config, layer_number) else ""
         skips = ", reach skip" if chosen.reach_skip and _adds_bias(config, layer_number) else ""
-        return f"triton{exchange}{skips}"
+        return f"triton{exchange}{turns}{skips}"
     if backend != MEGATRON:
         return backend
     if _adds_bias(config, layer_number):

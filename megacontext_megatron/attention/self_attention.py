@@ -18,6 +18,7 @@ from megacontext_megatron.attention.folded_bias import bias_fold, cleared, split
 from megacontext_megatron.attention.kernel_attention import CARRIER, SLOPES, LinearBiasAttention, WindowAttention
 from megacontext_megatron.attention.row_order import ZigzagOrder
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
+from megacontext_megatron.attention.windows import rotates_inside
 from megacontext_megatron.config import Settings
 from megacontext_megatron.encoding_config import GrapeMConfig
 from megacontext_megatron.kernels.table_rotary import TableRotary
@@ -76,16 +77,10 @@ class SpanSelfAttention(SelfAttention):
 
     def _hand_over_rotation(self) -> bool:
         """Let core attention rotate queries and keys where nothing else touches them on their way; return whether."""
-        core, rotary, settings = self.core_attention, self.rotary, self.config.settings
-        if not isinstance(core, WindowAttention) or not core.alone or settings.backend != "triton":
+        core = self.core_attention
+        if not isinstance(core, WindowAttention) or not rotates_inside(self.config, self.layer_number):
             return False
-        if settings.gist.span_head:
-            # Places learn, which rotation inside attention gives no gradient.
-            return False
-        changed = self.q_layernorm is not None or self.config.attention_output_gate
-        if changed or isinstance(rotary, TableRotary) or rotary is None or rotary.sigma_scale is not None:
-            return False
-        core.attach_rotation(cast("FusedGaussianRotary", rotary).rotation)
+        core.attach_rotation(cast("FusedGaussianRotary", self.rotary).rotation)
         return True
 
     def borrow_bias(self, name: str, lender: SpanSelfAttention) -> None:

@@ -22,8 +22,8 @@ def chunked_window_attention(
     """Return attention [s / cp, b, np, hn] of this rank's chunks, in a window that reaches into other ranks'.
 
     q is [s / cp, b, np, hn], k and v are [s / cp, b, ng, hn], in zigzag order; dtypes and shapes are those of
-    kernels.window_attention.  Each rank sends the last `look_back` rows of its chunks and receives as many, whatever
-    the length of a sequence, and gradients as many the other way.  Raises ValueError where a chunk is shorter than
+    kernels.window_attention.  Each rank sends the last `look_back` rows of its chunks to whoever has the chunk after,
+    whatever the length of a sequence, and gets as many gradients back.  Raises ValueError where a chunk is shorter than
     that.
     """
     chunk = len(query) // 2

@@ -19,6 +19,7 @@ from megacontext_megatron.kernels.window_strips import (
     aligned,
     strip_forward,
     strip_query_gradient,
+    turns_back,
     why_no_strips,
 )
 
@@ -255,7 +256,9 @@ def _launch(kernel: Any, blocks: int, **arguments: Any) -> None:
 
 def _strips(spec: _Spec, read: _Read) -> bool:
     """Return whether the kernels of window_strips serve, unless tiles were asked for."""
-    return spec.tiles is None and why_no_strips(read.layout, spec.look_back, read.heads) is None
+    turn = spec.rotation
+    turnable = turn is None or turns_back(turn.table.omega.shape[1], interleaved=turn.options.interleaved)
+    return spec.tiles is None and turnable and why_no_strips(read.layout, spec.look_back, read.heads) is None
 
 
 def _tiles(spec: _Spec) -> Tiles:

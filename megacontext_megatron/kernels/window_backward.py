@@ -20,7 +20,7 @@ from megacontext_megatron.kernels.window_device import (
     load_lanes,
     load_rows,
     own_part,
-    turned,
+    turned_back,
     visible,
 )
 
@@ -117,7 +117,7 @@ def query_kernel(
     if ROTATE:
         line = (((sk - sq + m + own).to(tl.int64) * batch + sequence) * TABLE_GROUPS) + group % TABLE_GROUPS
         cos, sin = load_angles(table, planes, line, HN, R)
-        acc = turned(acc, cos, -sin, R, INTERLEAVED)
+        acc = turned_back(acc, cos, sin, R, INTERLEAVED)
     target = query_grad + m * tl.cast(query_grad_s, tl.int64) + sequence * query_grad_b + group * query_grad_g
     target += (own * query_grad_s + head * query_grad_h)[:, None] + tl.arange(0, HN)[None, :]
     tl.store(target, acc.to(query_grad.dtype.element_ty), mask=inside[:, None])
@@ -210,7 +210,7 @@ def key_kernel(
     if ROTATE:
         line = (((n + at).to(tl.int64) * batch + sequence) * TABLE_GROUPS) + group % TABLE_GROUPS
         cos, sin = load_angles(table, planes, line, HN, R)
-        key_sum = turned(key_sum, cos, -sin, R, INTERLEAVED)
+        key_sum = turned_back(key_sum, cos, sin, R, INTERLEAVED)
     target = n * tl.cast(key_grad_s, tl.int64) + sequence * key_grad_b + group * key_grad_g
     target = target + column[:, None] * key_grad_s + tl.arange(0, HN)[None, :]
     inside = (column < sk - n)[:, None]

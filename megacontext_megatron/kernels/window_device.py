@@ -1,4 +1,4 @@
-"""What the sliding-window attention kernels share: which rows and heads a program owns, products, and rotations.
+"""What the sliding-window attention kernels share: which rows and heads a program owns, and rotations undone.
 
 A tile of queries has lanes: neighbouring heads of a query group for each of a few rows, so that the keys and values of
 a group are read once for all its heads.  A group takes PACK lanes of a row, a power of two; those beyond its heads
@@ -69,7 +69,7 @@ def heads_of(first, second, R: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def turned(x, cos, sin, R: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Return heads [lanes, HN] rotated, fp32."""
-    first, second = members(x.to(tl.float32), R, INTERLEAVED)
-    return heads_of(first * cos - second * sin, second * cos + first * sin, R, INTERLEAVED)
+def turned_back(x, cos, sin, R: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Return gradients of heads [lanes, HN], fp32, before their rotation by these cosines and sines."""
+    first, second = members(x, R, INTERLEAVED)
+    return heads_of(first * cos + second * sin, second * cos - first * sin, R, INTERLEAVED)

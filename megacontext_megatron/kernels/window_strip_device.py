@@ -1,11 +1,11 @@
 """What the kernels that march along strips of rows share: layouts, products, and the ring of keys and values.
 
 A program owns a strip of rows of one query group.  Keys and values of the group live in a ring of four blocks of 64
-rows in shared memory, and each is read from memory once, and twice more where strips meet.  A tile is 16 rows of 4
-heads, 64 lanes.  Its rows see 128 keys each: the block before their own whole, 32 keys more, and two triangles of 32
-keys, the oldest and the newest, which fill one another up: wherever a lane sees a column of the one, it does not see
-that column of the other.  So exactly 128 columns for each lane are in registers at once.  A warpgroup owns one half of
-each block, two tiles.
+rows in shared memory, and each is read from memory once, and once more where strips of two blocks or more meet.  A tile
+is 16 rows of 4 heads, 64 lanes.  Its rows see 128 keys each: the block before their own whole, 32 keys more, and two
+triangles of 32 keys, the oldest and the newest, which fill one another up: wherever a lane sees a column of the one, it
+does not see that column of the other.  So weights of exactly 128 columns for each lane are in registers at once.  A
+warpgroup owns one half of each block, two tiles.
 """
 
 # Names in capitals are compile-time constants, as in all Triton code.

@@ -15,7 +15,7 @@ from megacontext_megatron.kernels.window_strip_backward import strip_query_kerne
 from megacontext_megatron.kernels.window_strip_device import BLOCK, HN, PACK, RING, TILE_ROWS
 from megacontext_megatron.kernels.window_strip_forward import strip_forward_kernel
 
-__all__ = ["TurnedBack", "aligned", "strip_forward", "strip_query_gradient", "why_no_strips"]
+__all__ = ["TurnedBack", "aligned", "strip_forward", "strip_query_gradient", "turns_back", "why_no_strips"]
 
 _LOOK_BACK = 127
 _BLOCK, _HN, _PACK, _TILE_ROWS = BLOCK.value, HN.value, PACK.value, TILE_ROWS.value
@@ -59,9 +59,18 @@ def why_no_strips(layout: WindowLayout, look_back: int, tensors: tuple[Tensor, T
         return f"rows or heads do not begin at multiples of {_ALIGNED} bytes"
     if any(x.data_ptr() % _ALIGNED for x in tensors):
         return f"tensors do not begin at multiples of {_ALIGNED} bytes"
-    if max(_width(layout, layout.key), _width(layout, layout.value), _heads(layout), layout.sk) >= 2**31:
+    far = max(*layout.key[1:], *layout.value[1:], layout.sk)
+    if max(_width(layout, layout.key), _width(layout, layout.value), _heads(layout), far) >= 2**31:
         return "heads take more places than 32 bits count"
     return _why_not_here(query.device)
+
+
+def turns_back(pairs: int, *, interleaved: bool) -> bool:
+    """Return whether strips can turn gradients back: both channels of a pair must lie in one thread.
+
+    Of the products' layout a thread has neighbours, and channels a multiple of 8 apart.
+    """
+    return interleaved or pairs == 1 or pairs % 8 == 0
 
 
 @cache

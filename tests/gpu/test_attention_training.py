@@ -39,7 +39,7 @@ def backends(result: TrainResult) -> list[str]:
     [
         (KERNELS, FLEX, ["flex"] * 3 + ["triton"]),
         (STRIPS, FLEX, ["flex"] * 3 + ["triton"]),
-        (FOLDED, TRITON, ["triton"] * 4),
+        (FOLDED, TRITON, ["triton, rotary inside"] * 3 + ["triton"]),
         (NORMED, {"mc_reach_skip": True}, ["triton"] * 3 + ["triton, reach skip"]),
     ],
     ids=["flex", "strips, flex", "folded, triton", "reach skip"],

@@ -49,6 +49,7 @@ FEW_ROWS = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "learned slopes": {},
+    "three quarters of the channels": {"rotary_percent": 0.75},
     "slopes by query": {"grape_a_gate": "q"},
     "learned widths": {"gaussian_rope_learnable_sigma": "level"},
     "reach": {"qk_layernorm": True, "mc_reach_skip": True, "bias_slope_scale": 4.0},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megacontext_megatron import attention_arguments
-from megacontext_megatron.attention_arguments import attention_config
+from megacontext_megatron.attention_arguments import attention_config, attention_notices
 from megacontext_megatron.config import ConfigError
 from megacontext_megatron.encoding_config import BiasConfig
 
@@ -109,7 +109,31 @@ def test_the_first_that_is_able_is_chosen(changes: dict[str, Any], biases: tuple
         ({**TE, "kv_channels": 96}, (GRAPE,), "layer 4 .*heads of 64 or 128 .*--bias-fold"),
         ({**LEARNED, "mc_gist_span_head": True, **TE}, (GRAPE,), "--mc-gist-span-head moves them"),
         ({"mc_reach_skip": True, **LEARNED}, (GRAPE,), "--mc-reach-skip needs --qk-layernorm"),
-        ({"mc_reach_skip": True, "qk_layernorm": True}, (), "--mc-reach-skip has no effect: no layer has a linear"),
+        (
+            {"mc_reach_skip": True, "qk_layernorm": True},
+            (),
+            "--mc-reach-skip has no effect: no layer has linear biases",
+        ),
+        (
+            {"mc_reach_skip": True, "qk_layernorm": True, "attention_dropout": 0.1, **LEARNED},
+            (GRAPE,),
+            "layer 4, which has a linear bias, does not run in the plugin's kernel: it has no dropout",
+        ),
+        (
+            {"mc_reach_skip": True, "qk_layernorm": True, "bias_fold": True, **LEARNED},
+            (GRAPE,),
+            "does not run in the plugin's kernel: give --mc-global-backend triton",
+        ),
+        (
+            {
+                "mc_window_backend": "triton",
+                "num_attention_heads": 256,
+                "num_query_groups": 1,
+                "group_query_attention": True,
+            },
+            (),
+            "up to 128 query heads of a group, not 256",
+        ),
         ({"mc_encoding": None, "mc_reach_skip": True}, (), "--mc-reach-skip has no effect without"),
         ({"mc_encoding": None, "mc_window_backend": "flex"}, (), "--mc-window-backend has no effect without"),
     ],
@@ -130,3 +154,38 @@ def test_reach_is_skipped_where_norms_bound_scores():
     assert config.backend_of(5) == "megatron"
     folded = given(**LEARNED, mc_reach_skip=True, qk_layernorm=True, bias_fold=True, mc_global_backend="triton")
     assert attention_config(folded, (GRAPE,)).reach_skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "biases", "said"),
+    [
+        (LEARNED, (GRAPE,), []),
+        ({"cpu": True, "bf16": False}, (GRAPE,), []),
+        ({"mc_window_backend": "megatron"}, (), []),
+        (
+            {"attention_dropout": 0.1},
+            (),
+            [
+                "dense attention instead of triton: it has no dropout; add --attention-dropout 0 (layers 1, 2, 3, 4)",
+                "dense attention instead of cudnn: it has no dropout; add --attention-dropout 0 (layers 4)",
+            ],
+        ),
+        (
+            {"context_parallel_size": 8},
+            (),
+            [
+                "dense attention instead of triton: a window of 127 rows is longer than the 64 rows of a chunk of "
+                "--context-parallel-size (layers 1, 2, 3)",
+                "triton instead of cudnn: it sees one context-parallel rank's rows alone (layers 4)",
+            ],
+        ),
+        (
+            {**LEARNED, "bias_fold": True, "mc_global_backend": "triton"},
+            (GRAPE,),
+            ["triton adds biases to scores, and --bias-fold takes channels from heads for nothing (layers 4)"],
+        ),
+    ],
+)
+def test_what_is_passed_over_is_said(changes: dict[str, Any], biases: tuple[BiasConfig, ...], said: list[str]):
+    args = given(**changes)
+    assert attention_notices(args, biases, attention_config(args, biases)) == said

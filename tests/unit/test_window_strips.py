@@ -83,6 +83,39 @@ def test_strips_are_the_float64_definition(case, emulated):
     assert [kernel.launches for kernel in launched] == [1, 1]
 
 
+@pytest.mark.parametrize("before", [0, 127])
+def test_what_lies_in_the_ring_is_waited_for_time_and_again(before, emulated, monkeypatch):
+    """A strip so long that each place in the ring is used four times."""
+    emulated()
+    monkeypatch.setattr(strips, "_processors", lambda device: 1)
+    check_against_float64(replace(ALL, sq=832, sk=832 + before))
+
+
+def test_gradients_that_lie_elsewhere_are_made_dense(emulated):
+    launched, case = emulated(), ALL
+    given = given_of(case)
+    right = found(case, given)[1]
+    wide = torch.zeros(case.b, case.sq, case.np, case.hn + 1, dtype=case.dtype)
+    wide[..., 1:] = given.incoming.transpose(0, 1)
+    given.incoming = wide[..., 1:].transpose(0, 1)
+    assert all(map(torch.equal, found(case, given)[1], right))
+    assert launched[1].launches == 2
+
+
+def test_rows_out_of_sight_change_no_bit(emulated):
+    launched = emulated()
+    window_checks.check_rows_out_of_sight(replace(ALL, sq=300, sk=300))
+    assert launched[0].launches == 9
+
+
+@pytest.mark.parametrize(("pairs", "interleaved"), [(2, False), (4, False), (2, True), (8, False)])
+def test_few_pairs_of_halves_are_turned_in_tiles(pairs, interleaved, emulated):
+    launched = emulated()
+    rotary = "interleaved" if interleaved else "halves"
+    check_against_float64(replace(ALL, rotary=rotary, percent=2 * pairs / 128))
+    assert launched[1].launches == (interleaved or pairs == 8)
+
+
 def test_a_load_that_no_fence_follows_shows(emulated):
     emulated(fences=False)
     with pytest.raises(AssertionError, match="times the bound"):
@@ -138,6 +171,7 @@ def test_what_strips_do_not_serve_is_named(emulated):
         "bfloat16": why(replace(ALL, dtype=torch.float32)),
         "windows of 128 rows": why(look_back=126),
         "all or none": why(replace(ALL, sk=200)),
+        "have all or none": why(replace(ALL, sk=ALL.sq + 126)),
         "do not begin at multiples of 16 bytes": why(layout=WindowLayout.of_heads(wide, narrow, narrow)),
         "tensors do not begin": why(offset=1),
         "on top of one another": why(
@@ -146,6 +180,15 @@ def test_what_strips_do_not_serve_is_named(emulated):
     }.items():
         assert answer is not None
         assert message in answer
+
+
+def test_far_away_groups_are_named(emulated):
+    """Of one sequence, groups of which lie 2^31 elements apart."""
+    emulated()
+    query, key, value = (x.detach() for x in given_of(ALL).heads)
+    layout = WindowLayout.of_heads(query, key, value)
+    far = replace(layout, key=(128, 128, 2**31))
+    assert "32 bits" in (strips.why_no_strips(far, 127, (query, key, value)) or "")
 
 
 def test_a_cpu_is_served_in_tiles():
@@ -178,7 +221,11 @@ def test_an_unaligned_gradient_is_copied():
 
 
 @pytest.mark.parametrize(
-    "which", ["forward bf16", "forward fp16", "plain bf16", "halves bf16", "interleaved bf16", "halves fp16"]
+    "which",
+    [
+        *("forward bf16", "forward fp16", "plain bf16", "halves bf16", "halves fp16", "interleaved bf16"),
+        *("neighbours bf16", "eight bf16"),
+    ],
 )
 def test_registers_suffice_on_hopper(which, tmp_path):
     """What does not fit into them would be written to memory at every tile."""
