@@ -47,6 +47,7 @@ _BIASED = ("local: dense, biased", "local with CP: dense, biased, gathered keys"
 _ON_SCORES = (*_BIASED, "triton; with CP: gathered keys")
 _LINEAR = (
     *_ON_SCORES,
+    "flex, slopes that do not train",
     "--bias-fold: transformer_engine, cudnn, flash4, flex",
     "--bias-fold with CP: ring, all-to-all, all-gather",
 )
