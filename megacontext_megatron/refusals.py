@@ -330,10 +330,9 @@ SPAN_REFUSALS = (
         why="Transformer Engine's unfused attention sees one rank's rows alone; leave the flag out",
     ),
     Refusal(
-        flag="--window-size",
+        flag="--window-size other than ROWS,0",
         asked=lambda a: a.window_size is not None and not _is_window(a.window_size),
-        why="a row sees rows before it; give ROWS,0 (127,0 is a window of 128 rows), or leave the flag out where all "
-        "of them are seen",
+        why="a row sees rows before it (127,0 is a window of 128 rows); leave the flag out where all of them are seen",
     ),
     Refusal(
         flag="--cp-comm-type with --transformer-impl local",

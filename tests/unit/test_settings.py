@@ -84,6 +84,7 @@ WITH_SPANS = [
     ["--attention-backend", "flash"],
     ["--attention-backend", "fused"],
     ["--window-size", "16,1"],
+    ["--window-size", "16"],
     ["--cp-comm-type", "all_gather"],
     ["--fp32-residual-connection", "--bf16"],
     ["--fused-residual-rmsnorm"],
