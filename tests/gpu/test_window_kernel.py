@@ -13,6 +13,9 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 REAL = Case(sq=4096, sk=4096, b=1, np=32, ng=8, hn=128, look_back=127, dtype=torch.bfloat16)
+LONG = dataclasses.replace(REAL, b=32, np=4, ng=1)
+"""So many groups that a program marches along 16 blocks of 64 rows, and uses each place of its ring four times."""
+
 RAGGED = dataclasses.replace(REAL, sq=333, sk=701, b=2, np=8, ng=2)
 TURNED = dataclasses.replace(RAGGED, rotary="halves", sigma=1, offset=True)
 MIXED = dataclasses.replace(TURNED, sq=701, mixed=True)
@@ -20,6 +23,7 @@ HALO = dataclasses.replace(RAGGED, sq=256, sk=383, dtype=torch.float16)
 TILES = choose_tiles(128, 4, 127)
 CASES = [
     REAL,
+    LONG,
     HALO,
     *(dataclasses.replace(case, tiles=TILES) for case in (REAL, RAGGED, TURNED, MIXED)),
     dataclasses.replace(REAL, rotary="halves", sigma=1, mixed=True),
@@ -75,7 +79,7 @@ def test_backward_is_deterministic(case):
     window_checks.check_backward_is_deterministic(case, DEVICE)
 
 
-@pytest.mark.parametrize("case", [RAGGED, HALO, MIXED, dataclasses.replace(REAL, sk=1024, sq=1024)], ids=str)
+@pytest.mark.parametrize("case", [RAGGED, HALO, MIXED, LONG, dataclasses.replace(REAL, sk=1024, sq=1024)], ids=str)
 def test_calls_one_after_another_give_the_same_bits(case):
     """What is copied too early or too late into a tile shows only now and then."""
     given = given_of(case, DEVICE)
