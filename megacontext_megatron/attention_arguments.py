@@ -335,7 +335,7 @@ def attention_notices(args: Namespace, biases: tuple[BiasConfig, ...], config: A
     for need in _needs(args, biases):
         for sentence in _notices(need, config.backend_of(need.layer)):
             said.setdefault(sentence, []).append(str(need.layer))
-    return [f"{sentence} (layers {', '.join(layers)})" for sentence, layers in said.items()]
+    return [f"layer {', '.join(layers)}: {sentence}" for sentence, layers in said.items()]
 
 
 def _notices(need: Need, chosen: str) -> Iterator[str]:

@@ -173,7 +173,7 @@ def rotary_config(args: Namespace, context: ContextConfig) -> RotaryConfig:
     )
     _check_pairs(config)
     rotated = int(config.head_dim * config.percent)
-    if args.mc_encoding is not None and name is not None and rotated % 2:
+    if args.mc_encoding is not None and name is not None and (rotated % 2 or not rotated):
         raise ConfigError(
             f"--kv-channels {config.head_dim} with --rotary-percent {config.percent} rotates {rotated} channels of a "
             "head, and rotary turns pairs of them."

@@ -29,6 +29,7 @@ def rotates_inside(config: MegaContextTransformerConfig, layer_number: int) -> b
         and settings.backend == "triton"
         and rotary.by_layer is None
         # Halves of pairs are told apart by splitting a head into equal parts.
+        and pairs > 0
         and (rotary.interleaved or rotary.head_dim % (2 * pairs) == 0)
         and settings.gaussian is not None
         and settings.gaussian.learnable_sigma == "none"

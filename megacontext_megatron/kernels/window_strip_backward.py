@@ -93,7 +93,7 @@ def _gradient(q, grad, log, keys, values, step, block, turn, power, HALF: gl.con
 
 
 @gluon.jit
-def _query_grad_back(x, table, planes, line, R: gl.constexpr, INTERLEAVED: gl.constexpr):
+def _turned_back(x, table, planes, line, R: gl.constexpr, INTERLEAVED: gl.constexpr):
     """Return gradients of lanes [LANES, HN] before the rotation whose cosines and sines are at table lines."""
     HALF: gl.constexpr = HN // 2
     if not INTERLEAVED:
@@ -177,7 +177,7 @@ def _compute(
         if ROTATE:
             own = before + gl.minimum(row + lane // PACK, sq - 1)
             line = (own.to(gl.int64) * batch + sequence) * TABLE_GROUPS + group % TABLE_GROUPS
-            acc = _query_grad_back(acc, table, planes, line, R, INTERLEAVED)
+            acc = _turned_back(acc, table, planes, line, R, INTERLEAVED)
         finished = acc.to(query_grad.dtype)
         tma.store_wait(0)
         gl.thread_barrier()

@@ -166,23 +166,23 @@ def test_reach_is_skipped_where_norms_bound_scores():
             {"attention_dropout": 0.1},
             (),
             [
-                "dense attention instead of triton: it has no dropout; add --attention-dropout 0 (layers 1, 2, 3, 4)",
-                "dense attention instead of cudnn: it has no dropout; add --attention-dropout 0 (layers 4)",
+                "layer 1, 2, 3, 4: dense attention instead of triton: it has no dropout; add --attention-dropout 0",
+                "layer 4: dense attention instead of cudnn: it has no dropout; add --attention-dropout 0",
             ],
         ),
         (
             {"context_parallel_size": 8},
             (),
             [
-                "dense attention instead of triton: a window of 127 rows is longer than the 64 rows of a chunk of "
-                "--context-parallel-size (layers 1, 2, 3)",
-                "triton instead of cudnn: it sees one context-parallel rank's rows alone (layers 4)",
+                "layer 1, 2, 3: dense attention instead of triton: a window of 127 rows is longer than the 64 rows of "
+                "a chunk of --context-parallel-size",
+                "layer 4: triton instead of cudnn: it sees one context-parallel rank's rows alone",
             ],
         ),
         (
             {**LEARNED, "bias_fold": True, "mc_global_backend": "triton"},
             (GRAPE,),
-            ["triton adds biases to scores, and --bias-fold takes channels from heads for nothing (layers 4)"],
+            ["layer 4: triton adds biases to scores, and --bias-fold takes channels from heads for nothing"],
         ),
     ],
 )
