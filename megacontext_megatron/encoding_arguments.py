@@ -23,6 +23,7 @@ from megacontext_megatron.encoding_config import (
     YarnRule,
 )
 from megacontext_megatron.encoding_flags import AdditiveFlags, BiasFlags, GrapeFlags, RetrofitFlags, RotaryFlags
+from megacontext_megatron.position.rules import rotary_width
 
 Namespace = argparse.Namespace
 
@@ -172,7 +173,7 @@ def rotary_config(args: Namespace, context: ContextConfig) -> RotaryConfig:
         length=context.source_length if depends else 0,
     )
     _check_pairs(config)
-    rotated = int(config.head_dim * config.percent)
+    rotated = rotary_width(config)
     if args.mc_encoding is not None and name is not None and (rotated % 2 or not rotated):
         raise ConfigError(
             f"--kv-channels {config.head_dim} with --rotary-percent {config.percent} rotates {rotated} channels of a "
@@ -182,7 +183,7 @@ def rotary_config(args: Namespace, context: ContextConfig) -> RotaryConfig:
 
 
 def _check_pairs(config: RotaryConfig) -> None:
-    pairs = int(config.head_dim * config.percent) // 2
+    pairs = rotary_width(config) // 2
     match config.rule:
         case LongRopeRule(short_factors=short, long_factors=long):
             for flag, factors in (("--longrope-short-factors", short), ("--longrope-long-factors", long)):

@@ -67,11 +67,6 @@ class WindowAttention(KernelAttention):
         """Rotate from now on by what `rotation` makes of a carrier."""
         self._rotation = rotation
 
-    @property
-    def alone(self) -> bool:
-        """Whether this rank has all rows."""
-        return self._cp.size() == 1
-
     def forward(
         self,
         query: Tensor,
@@ -94,7 +89,7 @@ class WindowAttention(KernelAttention):
             assert self._rotation is not None
             rotation = self._rotation(carrier)
             return split_window_attention(query, self._head_dim, look_back, self._scale, rotation=rotation).flatten(2)
-        if self.alone:
+        if self._cp.size() == 1:
             return window_attention(query, key, value, look_back, self._scale).flatten(2)
         found = chunked_window_attention(query, key, value, look_back, scale=self._scale, group=self._cp)
         return found.flatten(2)

@@ -6,6 +6,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megacontext_megatron.attention.transformer_config import MegaContextTransformerConfig
+from megacontext_megatron.position.rules import rotary_width
 
 
 def window_of(config: TransformerConfig, layer_number: int) -> tuple[int, int] | None:
@@ -22,7 +23,7 @@ def rotates_inside(config: MegaContextTransformerConfig, layer_number: int) -> b
     Nor may places or frequencies learn, which rotation inside attention gives no gradient.
     """
     settings, rotary = config.settings, config.settings.rotary
-    pairs = int(rotary.head_dim * rotary.percent) // 2
+    pairs = rotary_width(rotary) // 2
     return (
         config.context_parallel_size == 1
         and settings.attention.backend_of(layer_number) == "triton"
